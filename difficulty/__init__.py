@@ -1,0 +1,1 @@
+"""What a denoising task of a diffusion model is, and how hard it is."""

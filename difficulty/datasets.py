@@ -1,0 +1,390 @@
+"""Data sets: built in, exact, or the user's own, by name or path.
+
+A data set is split once into train and held-out samples; the split depends on the data and a seed only and is recorded
+with the fingerprint. Built-in images are scaled to [-1, 1]; the user's arrays are taken as they are; image folders are
+scaled to [-1, 1] like the built-in images.
+
+Exact laws (``law`` is set) are sampled: their train and held-out parts are independent draws.
+"""
+
+__all__ = ["DATASETS", "Dataset", "load_dataset"]
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from difficulty.errors import InputError
+from difficulty.laws import GaussianMixture, Law, Ring
+from difficulty.laws import gaussian as gaussian_law
+from difficulty.records import fingerprint_array
+from difficulty.specs import build, parse_spec
+
+SPLIT_SEED = 20240314  # the same split in every run, whatever the run's own seed
+HELDOUT_SHARE = 0.2
+LEAST_SAMPLES = 20
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples of one data law.
+
+    Args:
+        name: the name or path it was loaded by.
+        train, heldout: float32 tensors, (n, D) for vectors or (n, C, H, W) for images.
+        labels: class of each train sample, int64 (n,), if known.
+        heldout_labels: class of each held-out sample, if known.
+        captions: caption of each train sample, if known.
+        law: the exact law that the samples were drawn from, if known; its points are the flattened samples.
+        value_range: (low, high) of image values, None for vectors.
+    """
+
+    name: str
+    train: torch.Tensor
+    heldout: torch.Tensor
+    labels: torch.Tensor | None = None
+    heldout_labels: torch.Tensor | None = None
+    captions: tuple[str, ...] | None = None
+    law: Law | None = None
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions D of one sample."""
+        return self.train[0].numel()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Shapes, split and hash of the samples."""
+        return {
+            "name": self.name,
+            "train": fingerprint_array(self.train.numpy()),
+            "heldout": fingerprint_array(self.heldout.numpy()),
+            "exact_law": type(self.law).__name__ if self.law else None,
+        }
+
+
+def load_dataset(spec: "str | Path | Dataset") -> Dataset:
+    """A data set by built-in name with options, by path, or as ``hf:NAME``; a ``Dataset`` is passed through.
+
+    Args:
+        spec: a name in ``DATASETS`` (``gaussian:dim=64,var=0.25``); a .npy, .npz, .pt or .safetensors file whose first
+            axis counts samples; a folder of images; or ``hf:NAME`` of the `datasets` library.
+
+    Raises:
+        InputError: if the name is unknown or the data cannot be used.
+    """
+    if isinstance(spec, Dataset):
+        return spec
+    text = str(spec)
+    if text.startswith("hf:"):
+        return _from_hub(text)
+    path = Path(text).expanduser()
+    if parse_spec(text)[0] not in DATASETS if ":" in text else text not in DATASETS:
+        if path.is_dir():
+            return _from_folder(path)
+        if path.suffix.lower() in ARRAY_SUFFIXES or path.is_file():
+            return _from_array_file(path)
+    return build("dataset", text, DATASETS)
+
+
+def split_samples(name: str, samples: npt.NDArray[Any], **facts: Any) -> Dataset:
+    """Check an array of samples and split it into train and held-out parts.
+
+    Args:
+        name: how files and figures call it.
+        samples: shape (n, D) or (n, C, H, W); n >= 20, finite. One axis is read as D = 1.
+        facts: further fields of ``Dataset``; ``labels`` and ``captions`` are split along.
+
+    Raises:
+        InputError: if the array is not numeric, has another rank, too few samples, or NaN or infinity.
+    """
+    samples = check_samples(name, samples)
+    # Rows are put in an order of their own before they are dealt, so that a shuffled file gives the same split.
+    flat = np.ascontiguousarray(samples.reshape(len(samples), -1))
+    canonical = np.lexsort(flat.T[::-1]) if flat.shape[1] <= 64 else np.argsort([row.tobytes() for row in flat])
+    order = canonical[np.random.default_rng(SPLIT_SEED).permutation(len(samples))]
+    held = max(round(HELDOUT_SHARE * len(samples)), 1)
+    train, heldout = order[held:], order[:held]
+    labels, captions = facts.pop("labels", None), facts.pop("captions", None)
+    tensor = torch.from_numpy(samples)
+    return Dataset(
+        name,
+        tensor[train],
+        tensor[heldout],
+        labels=None if labels is None else torch.as_tensor(np.asarray(labels)[train], dtype=torch.int64),
+        heldout_labels=None if labels is None else torch.as_tensor(np.asarray(labels)[heldout], dtype=torch.int64),
+        captions=None if captions is None else tuple(captions[i] for i in train),
+        **facts,
+    )
+
+
+def check_samples(name: str, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Samples as float32 of shape (n, D) or (n, C, H, W), or an InputError that says what is wrong."""
+    if samples.dtype == object or not (np.issubdtype(samples.dtype, np.number) or samples.dtype == bool):
+        raise InputError(f"{name} holds {samples.dtype} values; an array of numbers is needed")
+    if np.iscomplexobj(samples):
+        raise InputError(f"{name} holds complex numbers; an array of real numbers is needed")
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    if samples.ndim not in (2, 4):
+        raise InputError(
+            f"{name} has shape {samples.shape}; needed are vectors (n, D) or images (n, channels, height, width)"
+        )
+    if len(samples) < LEAST_SAMPLES:
+        raise InputError(f"{name} has {len(samples)} samples; at least {LEAST_SAMPLES} are needed")
+    if samples[0].size == 0:
+        raise InputError(f"{name} has samples of size zero (shape {samples.shape})")
+    with np.errstate(over="ignore"):
+        samples = np.ascontiguousarray(samples, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        rows = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
+        raise InputError(f"{name} has NaN, infinite or float32-overflowing values in {rows} sample(s); remove them first")
+    return samples
+
+
+def _sampled(name: str, law: Law, n: int, seed: int, shape: tuple[int, ...] | None = None) -> Dataset:
+    if not isinstance(n, int) or n < LEAST_SAMPLES:
+        raise InputError(f"dataset {name!r} needs a whole number n >= {LEAST_SAMPLES} of samples, got n = {n}")
+    held = max(round(HELDOUT_SHARE * n), 1)
+    draws = law.sample(n + held, torch.Generator().manual_seed(seed)).float().reshape(n + held, *(shape or (law.dim,)))
+    return Dataset(name, draws[:n], draws[n:], law=law)
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1797 handwritten digits, 1 x 8 x 8, with labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    scaled = (images / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    return split_samples("digits", scaled, labels=labels, value_range=(-1.0, 1.0))
+
+
+@lru_cache(maxsize=1)
+def digits_mixture_law() -> GaussianMixture:
+    """Ten full-covariance Gaussians fitted to the digits; covariance floor 0.01, below one grey level (0.125^2)."""
+    from sklearn.datasets import load_digits
+    from sklearn.mixture import GaussianMixture as Fit
+
+    images = load_digits().data / 8.0 - 1.0
+    fit = Fit(10, covariance_type="full", reg_covar=0.01, random_state=0, n_init=1).fit(images)
+    return GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
+
+
+def digits_mixture(n: int = 8000, seed: int = 0) -> Dataset:
+    """The standard exact test bed: samples of ten Gaussians fitted to the digits, 64 dimensions."""
+    return _sampled("digits-mixture", digits_mixture_law(), n, seed)
+
+
+def grid_2d(n: int = 8000, seed: int = 0, std: float = 0.05) -> Dataset:
+    """25 equal modes on a 5 x 5 grid over [-1, 1]^2, each of the given standard deviation."""
+    axis = np.linspace(-1.0, 1.0, 5)
+    means = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    law = GaussianMixture(np.ones(25), means, np.broadcast_to(std**2 * np.eye(2), (25, 2, 2)))
+    return _sampled("grid-2d", law, n, seed)
+
+
+def ring(dim: int = 16, radius: float = 1.0, n: int = 8000, seed: int = 0) -> Dataset:
+    """A circle in the first two of ``dim`` dimensions: data on a curve."""
+    return _sampled(f"ring-{dim}d", Ring(dim, radius), n, seed)
+
+
+def gaussian(dim: int = 64, var: float = 1.0, n: int = 8000, seed: int = 0) -> Dataset:
+    """An isotropic Gaussian of the given dimension and variance."""
+    if not isinstance(dim, int) or dim < 1 or var < 0:
+        raise InputError(f"dataset 'gaussian' needs a whole dim >= 1 and var >= 0, got dim = {dim}, var = {var}")
+    return _sampled(f"gaussian:dim={dim},var={var}", gaussian_law(dim, var), n, seed)
+
+
+def photo_patches(size: int, n: int = 6000, seed: int = 0) -> Dataset:
+    """RGB crops of the two photographs that scikit-learn ships, 3 x size x size.
+
+    Held-out crops come from the right fifth of each photograph and train crops from the rest, so that no pixel is in
+    both.
+    """
+    from sklearn.datasets import load_sample_images
+
+    if not isinstance(n, int) or n < LEAST_SAMPLES:
+        raise InputError(f"photo patches need a whole number n >= {LEAST_SAMPLES} of samples, got n = {n}")
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[npt.NDArray[np.float32]]] = {"train": [], "heldout": []}
+    for photo in load_sample_images().images:
+        scaled = (photo.astype(np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
+        border = int(scaled.shape[2] * (1 - HELDOUT_SHARE))
+        for part, region, count in (
+            ("train", scaled[:, :, :border], n // 2),
+            ("heldout", scaled[:, :, border:], max(round(HELDOUT_SHARE * n / 2), 1)),
+        ):
+            top = rng.integers(0, region.shape[1] - size + 1, count)
+            left = rng.integers(0, region.shape[2] - size + 1, count)
+            parts[part] += [region[:, i : i + size, j : j + size] for i, j in zip(top, left, strict=True)]
+    train, heldout = (torch.from_numpy(np.stack(parts[part])) for part in ("train", "heldout"))
+    return Dataset(f"photo-patches-{size}", train, heldout, value_range=(-1.0, 1.0))
+
+
+def _photo_patches(size: int) -> Callable[..., Dataset]:
+    def load(n: int = 6000, seed: int = 0) -> Dataset:
+        return photo_patches(size, n, seed)
+
+    load.__doc__ = f"RGB crops of two photographs, 3 x {size} x {size}; held-out crops from disjoint regions."
+    return load
+
+
+DATASETS: Mapping[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "digits-mixture": digits_mixture,
+    "photo-patches-8": _photo_patches(8),
+    "photo-patches-16": _photo_patches(16),
+    "photo-patches-32": _photo_patches(32),
+    "grid-2d": grid_2d,
+    "ring-16d": ring,
+    "gaussian": gaussian,
+}
+
+
+def _from_array_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; built-in data sets are {', '.join(DATASETS)}")
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".safetensors": _read_safetensors}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} is no known kind of array file; known are {', '.join(ARRAY_SUFFIXES)}")
+    try:
+        samples, labels = reader(path)
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own errors for a truncated or foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot read {path} ({reason}); it may be truncated or of another format") from None
+    if labels is not None and (labels.shape != samples.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+        raise InputError(f"{path}: labels must be whole numbers, one per sample, got {labels.dtype} {labels.shape}")
+    return split_samples(str(path), samples, labels=labels)
+
+
+Samples = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
+
+
+def _pick(path: Path, arrays: Mapping[str, Any]) -> Samples:
+    """The samples and labels among named arrays: the only one, or the one called data, x, images or samples."""
+    named = {key.lower(): np.asarray(value) for key, value in arrays.items()}
+    labels = next((named.pop(key) for key in ("labels", "label", "y") if key in named), None)
+    for key in ("data", "x", "images", "samples"):
+        if key in named:
+            return named[key], labels
+    if len(named) == 1:
+        return next(iter(named.values())), labels
+    raise InputError(f"{path} holds the arrays {', '.join(named) or 'none'}; name the samples 'data'")
+
+
+def _read_npy(path: Path) -> Samples:
+    return np.load(path, allow_pickle=False), None
+
+
+def _read_npz(path: Path) -> Samples:
+    with np.load(path, allow_pickle=False) as arrays:
+        return _pick(path, dict(arrays))
+
+
+def _read_pt(path: Path) -> Samples:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, torch.Tensor):
+        return _to_numpy(content), None
+    if isinstance(content, dict):
+        return _pick(path, {key: _to_numpy(v) for key, v in content.items() if isinstance(v, torch.Tensor)})
+    raise InputError(f"{path} holds a {type(content).__name__}; a tensor, or a dict of tensors, is needed")
+
+
+def _read_safetensors(path: Path) -> Samples:
+    from safetensors.torch import load_file
+
+    return _pick(path, {key: _to_numpy(value) for key, value in load_file(path).items()})
+
+
+def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    # numpy has no bfloat16
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _from_folder(path: Path) -> Dataset:
+    """Images below a folder; labels from its subfolders, captions from metadata.jsonl (file_name, text)."""
+    from PIL import Image, UnidentifiedImageError
+
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise InputError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    images, first = [], None
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"{file} cannot be read as an image ({error}); mend or remove it") from None
+        first = first or (file, pixels.shape)
+        if pixels.shape != first[1]:
+            raise InputError(
+                f"images differ in size: {first[0]} has (height, width, channels) {first[1]}, {file} has "
+                f"{pixels.shape}; resize them to one size"
+            )
+        images.append(pixels)
+    stacked = np.stack(images).astype(np.float32) / 127.5 - 1.0
+    stacked = stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
+    folders = [file.parent.relative_to(path).as_posix() for file in files]
+    classes = sorted(set(folders))
+    labels = np.array([classes.index(f) for f in folders]) if len(classes) > 1 else None
+    return split_samples(
+        str(path), stacked, labels=labels, captions=_captions(path, files), value_range=(-1.0, 1.0)
+    )
+
+
+def _captions(path: Path, files: list[Path]) -> list[str] | None:
+    metadata = path / "metadata.jsonl"
+    if not metadata.exists():
+        return None
+    texts: dict[str, str] = {}
+    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            texts[entry["file_name"]] = entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f"{metadata} line {number} is not an object with file_name and text") from None
+    names = [file.relative_to(path).as_posix() for file in files]
+    missing = [name for name in names if name not in texts]
+    if missing:
+        raise InputError(f"{metadata} has no caption for {missing[0]} ({len(missing)} image(s) in all)")
+    return [texts[name] for name in names]
+
+
+def _from_hub(spec: str) -> Dataset:
+    """The train split of a data set of the `datasets` library: its first image column, scaled to [-1, 1]."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{spec} needs the `datasets` library; install denoising-difficulty[hub]") from None
+    name = spec.removeprefix("hf:")
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the library raises many kinds, down to connection errors
+        raise InputError(f"cannot load {spec} ({str(error).splitlines()[0]})") from None
+    columns = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise InputError(f"{spec} has no image column; its columns are {', '.join(table.features)}")
+    images = [np.asarray(image.convert("RGB")) for image in table[columns[0]]]
+    if len({image.shape for image in images}) != 1:
+        raise InputError(f"{spec} has images of different sizes; resize them to one size")
+    labels = np.asarray(table["label"]) if "label" in table.features else None
+    captions = table["text"] if "text" in table.features else None
+    stacked = np.stack(images).astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
+    return split_samples(spec, stacked, labels=labels, captions=captions, value_range=(-1.0, 1.0))

@@ -1,0 +1,112 @@
+"""What a network predicts, and how one prediction is turned into another: the only place that does so.
+
+With x_t = alpha x0 + sigma eps, every prediction is one linear combination of x0 and eps,
+
+    output = a x0 + b eps,
+
+so that the estimate of (x0, eps) follows from two equations: the output and x_t itself. Siblings below state (a, b):
+
+    eps       ( 0, 1 )                                  Ho et al. 2020
+    x0        ( 1, 0 )
+    v         (-sigma, alpha)                            Salimans & Ho 2022, arXiv 2202.00512
+    score     ( 0, -1/sigma )                            grad log p_t(x_t | x0)
+    velocity  (-1, 1 )                                   dx_t/du of flow matching, Lipman et al. 2023
+    edm       ((1 - c_skip)/c_out, -c_skip s/c_out)      F of Karras et al. 2022, eq. 7, in y = x_t/alpha, s = sigma/alpha
+
+The determinant a sigma - b alpha says where a prediction cannot be inverted: x0 from eps where alpha = 0, eps from x0
+where sigma = 0. The conversion then returns infinities or NaN rather than hide it.
+"""
+
+__all__ = ["PREDICTIONS", "Coefficients", "coefficients", "eps_loss_factor", "from_x0_eps", "to_eps", "to_x0"]
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from difficulty.errors import choose
+
+Coefficients = tuple[Tensor, Tensor]
+
+# Standard deviation of the data that EDM's preconditioning assumes (Karras et al. 2022, table 1).
+EDM_SIGMA_DATA = 0.5
+
+
+def _eps(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def _x0(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return torch.ones_like(alpha), torch.zeros_like(alpha)
+
+
+def _v(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return -sigma, alpha
+
+
+def _score(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return torch.zeros_like(alpha), -1 / sigma
+
+
+def _velocity(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+def _edm(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    s = sigma / alpha
+    total = s.square() + EDM_SIGMA_DATA**2
+    c_skip, c_out = EDM_SIGMA_DATA**2 / total, s * EDM_SIGMA_DATA / total.sqrt()
+    return (1 - c_skip) / c_out, -c_skip * s / c_out
+
+
+PREDICTIONS: Mapping[str, Callable[[Tensor, Tensor], Coefficients]] = {
+    "eps": _eps,
+    "x0": _x0,
+    "v": _v,
+    "score": _score,
+    "velocity": _velocity,
+    "edm": _edm,
+}
+
+
+def coefficients(prediction: str, alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """(a, b) of ``output = a x0 + b eps``, each of the shape of alpha and sigma.
+
+    Raises:
+        InputError: if the prediction is unknown.
+    """
+    return choose("prediction", prediction, PREDICTIONS)(alpha, sigma)
+
+
+def from_x0_eps(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The training target of a prediction.
+
+    Args:
+        prediction: a name in ``PREDICTIONS``.
+        x0, eps: clean data and noise, shape (B, *).
+        alpha, sigma: scales that broadcast against x0, for instance (B, 1, 1, 1).
+    """
+    a, b = coefficients(prediction, alpha, sigma)
+    return a * x0 + b * eps
+
+
+def to_x0(prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The estimate of x0 that an output implies; shapes as in ``from_x0_eps``."""
+    a, b = coefficients(prediction, alpha, sigma)
+    # Where b = 0 the output is x0 up to a factor, and stays so where the determinant vanishes; likewise below.
+    return torch.where(b == 0, output / a, (sigma * output - b * x_t) / (a * sigma - b * alpha))
+
+
+def to_eps(prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The estimate of eps that an output implies; shapes as in ``from_x0_eps``."""
+    a, b = coefficients(prediction, alpha, sigma)
+    return torch.where(a == 0, output / b, (a * x_t - alpha * output) / (a * sigma - b * alpha))
+
+
+def eps_loss_factor(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Squared error of eps per squared error of the output: alpha^2 / (a sigma - b alpha)^2.
+
+    Held-out losses are stated as errors of eps whatever the network predicts, so that they compare.
+    """
+    a, b = coefficients(prediction, alpha, sigma)
+    return torch.where(a == 0, 1 / b, alpha / (a * sigma - b * alpha)).square()

@@ -1,0 +1,204 @@
+"""Reading and writing a results folder: every file whole or not at all.
+
+A file is written to a temporary name in the same folder, flushed to disk and renamed, so a killed run leaves either the
+old file or the new one. A measurement folder is finished when its ``run.json`` says ``"status": "finished"``; that file
+is written first as "running" and last as "finished", and a folder in any other state is never read as a result.
+"""
+
+__all__ = [
+    "check_columns",
+    "finish_run",
+    "fingerprint_array",
+    "read_json",
+    "read_run",
+    "read_table",
+    "start_run",
+    "write_bytes",
+    "write_json",
+    "write_table",
+]
+
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from difficulty.errors import InputError
+
+# Read back with every digit: the shortest text that gives the same float64 is at most 17 significant digits.
+FLOAT_FORMAT = "%.10g"
+RUN_FORMAT = "denoising-difficulty/run/1"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        InputError: if the folder cannot be written (no permission, disk full); the old file stays as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes files private, which a shared results folder must not be
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: if it is missing, unreadable or truncated.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a tidy CSV atomically, 10 significant digits."""
+    buffer = io.StringIO()
+    table.to_csv(buffer, index=False, float_format=FLOAT_FORMAT, lineterminator="\n")
+    write_bytes(path, buffer.getvalue().encode())
+
+
+def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a CSV and check that it has the columns asked for.
+
+    Raises:
+        InputError: if it is missing, empty, malformed, or lacks a column.
+    """
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; the folder is incomplete, run the measurement again") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable CSV table ({error})") from None
+    check_columns(table, columns, str(path))
+    return table
+
+
+def check_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
+    """Raise InputError if a table lacks one of the columns."""
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InputError(f"{source} lacks the column(s) {', '.join(missing)}; it is foreign or of an older version")
+
+
+def fingerprint_array(array: npt.NDArray[Any]) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of an array's values as little-endian C-ordered bytes."""
+    ordered = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+    digest = hashlib.sha256(ordered.tobytes()).hexdigest()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
+
+
+def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Open a results folder: write ``run.json`` with status "running" and return its content.
+
+    Args:
+        folder: created if missing.
+        kind: which command writes it, e.g. "measure".
+        config: everything that determines the result: arguments, seeds, fingerprints of data and process.
+
+    Raises:
+        InputError: if the folder exists and is not a results folder, so that nobody's files are mixed with ours.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise InputError(f"{folder} is not empty and holds no run.json; choose another output folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another output folder")
+    run = {
+        "format": RUN_FORMAT,
+        "kind": kind,
+        "status": "running",
+        "config": config,
+        "versions": _versions(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / "run.json", run)
+    return run
+
+
+def finish_run(folder: Path, run: dict[str, Any], **facts: Any) -> None:
+    """Mark the folder finished, adding facts such as wall_seconds; to be called after every other file is written."""
+    write_json(folder / "run.json", run | {"status": "finished"} | facts)
+
+
+def read_run(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """``run.json`` of a finished results folder.
+
+    Raises:
+        InputError: if the folder is missing, unfinished, of another kind or of another format version.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the --out folder of a finished run")
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds no run.json; it is not a results folder of this project")
+    run = read_json(folder / "run.json")
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != RUN_FORMAT:
+        raise InputError(f"{folder / 'run.json'} has format {found!r}, this version reads {RUN_FORMAT!r}")
+    if kind is not None and run.get("kind") != kind:
+        raise InputError(f"{folder} was written by {run.get('kind')!r}, but a folder of {kind!r} is needed")
+    if run.get("status") != "finished":
+        raise InputError(f"{folder} is incomplete (status {run.get('status')!r}); run its command again")
+    return run
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("denoising-difficulty", "torch", "numpy", "scipy", "scikit-learn", "pandas"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _finite(value.tolist())
+    if isinstance(value, np.generic):
+        return _finite(value.item())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

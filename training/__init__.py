@@ -1,0 +1,1 @@
+"""Curricula over denoising tasks, and the training that uses and judges them."""
