@@ -1,0 +1,80 @@
+"""A denoiser: a network, the process it denoises and what it predicts, joined in one module.
+
+The network sees its input at unit scale, x_t / sqrt(alpha^2 sd^2 + sigma^2) with sd the standard deviation of the data,
+and the log-SNR, whatever the process; its output is read as the prediction (`prediction.py`). Losses are squared
+errors summed over the D dimensions.
+"""
+
+__all__ = ["Denoiser"]
+
+import torch
+from torch import Tensor, nn
+
+from difficulty.errors import InputError, choose
+from difficulty.prediction import PREDICTIONS, eps_loss_factor, from_x0_eps, to_eps, to_x0
+from difficulty.process import Process
+
+
+class Denoiser(nn.Module):
+    """A network bound to a process and a prediction.
+
+    Args:
+        network: ``forward(x, log_snr)`` with x of shape (B, *) and log_snr (B,), returning the shape of x.
+        process: gives alpha, sigma at t = 1..T.
+        prediction: a name in ``PREDICTIONS``.
+        data_std: root mean square of the data about 0, for the input scale; positive.
+
+    Raises:
+        InputError: if the prediction is unknown or data_std is not positive.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    log_snr: Tensor
+
+    def __init__(self, network: nn.Module, process: Process, prediction: str, data_std: float) -> None:
+        super().__init__()
+        choose("prediction", prediction, PREDICTIONS)
+        if not data_std > 0:
+            raise InputError(f"data_std must be positive, got {data_std}; data that are all zero cannot be learned")
+        self.network, self.process, self.prediction, self.data_std = network, process, prediction, data_std
+        # Tables indexed by t; the entry of t = 0 is never read. Built in float64 and stored in float32.
+        log_snr = process.log_snr([*range(process.T + 1)])
+        for name, table in (("alpha", process.alpha), ("sigma", process.sigma), ("log_snr", log_snr)):
+            self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
+
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at integer t (B,), shaped (B, 1, ...) to broadcast against ``like``."""
+        shape = (-1, *(1,) * (like.ndim - 1))
+        return self.alpha[t].reshape(shape), self.sigma[t].reshape(shape)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's prediction at noisy samples.
+
+        Args:
+            x_t: shape (B, *).
+            t: integer timesteps 1..T, shape (B,).
+        """
+        alpha, sigma = self.scales(t, x_t)
+        scale = ((alpha * self.data_std).square() + sigma.square()).rsqrt()
+        return self.network(x_t * scale, self.log_snr[t])
+
+    def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x0, shape of x_t."""
+        return to_x0(self.prediction, self(x_t, t), x_t, *self.scales(t, x_t))
+
+    def eps(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of eps, shape of x_t."""
+        return to_eps(self.prediction, self(x_t, t), x_t, *self.scales(t, x_t))
+
+    def losses(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the prediction at given draws, summed over dimensions, shape (B,)."""
+        alpha, sigma = self.scales(t, x0)
+        target = from_x0_eps(self.prediction, x0, eps, alpha, sigma)
+        return (self(alpha * x0 + sigma * eps, t) - target).square().flatten(1).sum(1)
+
+    def eps_losses(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Squared error of eps that the prediction implies, summed over dimensions, shape (B,)."""
+        alpha, sigma = self.scales(t, x0)
+        factor = eps_loss_factor(self.prediction, alpha, sigma)
+        return self.losses(x0, eps, t) * factor.flatten()

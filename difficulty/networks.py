@@ -1,0 +1,255 @@
+"""Denoising networks: plain torch modules ``forward(x, log_snr) -> output`` of the shape of x.
+
+The noise level enters as log-SNR, never as t, so that one network serves every process. Siblings: an MLP for vectors
+and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 2023, arXiv 2212.09748). Each adds to its
+output a learned, noise-dependent multiple of its input: a hidden layer narrower than the data could not pass the noise
+through, and the task would look hard for a reason that is not the task's.
+"""
+
+__all__ = ["DiT", "MLP", "NETWORKS", "UNet", "build_network"]
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+
+from difficulty.errors import InputError
+from difficulty.randomness import torch_generator
+from difficulty.specs import build
+
+FREQUENCIES = 16
+# Beyond +-20 the data or the noise is below float32 resolution; flow matching ends at -inf.
+LOG_SNR_LIMIT = 20.0
+
+
+class NoiseEmbedding(nn.Module):
+    """Fourier features of log-SNR followed by two layers: (B,) -> (B, width)."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Periods from 80 (one turn over the whole range) down to 2 units of log-SNR.
+        periods = torch.logspace(math.log10(80.0), math.log10(2.0), FREQUENCIES)
+        self.register_buffer("frequencies", 2 * math.pi / periods, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        angle = log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT)[..., None] * self.frequencies
+        return self.layers(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+class InputGate(nn.Module):
+    """The learned multiple of the input that is added to the output, starting at 0: (B, width) -> (B, 1, ...)."""
+
+    def __init__(self, width: int, sample_rank: int) -> None:
+        super().__init__()
+        self.sample_rank = sample_rank
+        self.gain = nn.Linear(width, 1)
+        nn.init.zeros_(self.gain.weight)
+        nn.init.zeros_(self.gain.bias)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        gain = self.gain(embedding)
+        return gain.reshape(gain.shape[:1] + (1,) * self.sample_rank)
+
+
+class MLP(nn.Module):
+    """Residual-free multilayer perceptron on the flattened sample.
+
+    Args:
+        shape: shape of one sample.
+        width: hidden units per layer.
+        depth: hidden layers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        dim = math.prod(shape)
+        self.embedding = NoiseEmbedding(width)
+        self.gate = InputGate(width, len(shape))
+        self.first = nn.Linear(dim, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.last = nn.Linear(width, dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        embedding = self.embedding(log_snr)
+        h = F.silu(self.first(x.flatten(1)) + embedding)
+        for layer in self.hidden:
+            h = F.silu(layer(h))
+        return self.last(h).reshape(x.shape) + self.gate(embedding) * x
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group norm, shifted by the noise embedding."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(math.gcd(8, channels_in), channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.shift = nn.Linear(embedding_width, channels_out)
+        self.norm2 = nn.GroupNorm(math.gcd(8, channels_out), channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x))) + self.shift(embedding)[..., None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class UNet(nn.Module):
+    """Small UNet for images of even height and width.
+
+    Args:
+        shape: (channels, height, width) of one sample.
+        width: channels at full resolution; each level down doubles them.
+        levels: resolutions; height and width must be divisible by 2^(levels - 1).
+
+    Raises:
+        InputError: if the samples are not images of a divisible size.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 32, levels: int = 2) -> None:
+        super().__init__()
+        channels, height, image_width = _image_shape("unet", shape)
+        if height % 2 ** (levels - 1) or image_width % 2 ** (levels - 1):
+            raise InputError(f"a unet of {levels} levels needs sides divisible by {2 ** (levels - 1)}, got {shape}")
+        widths = [width * 2**level for level in range(levels)]
+        self.embedding = NoiseEmbedding(4 * width)
+        self.gate = InputGate(4 * width, 3)
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(
+            ResidualBlock(widths[max(level - 1, 0)], widths[level], 4 * width) for level in range(levels)
+        )
+        self.middle = ResidualBlock(widths[-1], widths[-1], 4 * width)
+        self.up = nn.ModuleList(
+            ResidualBlock(2 * widths[level], widths[max(level - 1, 0)], 4 * width) for level in reversed(range(levels))
+        )
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        embedding = self.embedding(log_snr)
+        h = self.first(x)
+        skips = []
+        for level, block in enumerate(self.down):
+            h = block(F.avg_pool2d(h, 2) if level else h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for level, block in enumerate(self.up):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest") if level else h
+            h = block(torch.cat([h, skips.pop()], 1), embedding)
+        return self.last(F.silu(self.norm(h))) + self.gate(embedding) * x
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero modulation (arXiv 2212.09748, figure 3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(embedding))[:, None].chunk(6, -1)
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate1 * self.project(attended)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer on image patches.
+
+    Args:
+        shape: (channels, height, width) of one sample.
+        width: token width, divisible by ``heads``.
+        depth: blocks.
+        heads: attention heads.
+        patch: side of a patch; must divide height and width.
+
+    Raises:
+        InputError: if the samples are not images of a divisible size.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2
+    ) -> None:
+        super().__init__()
+        channels, height, image_width = _image_shape("dit", shape)
+        if height % patch or image_width % patch:
+            raise InputError(f"a dit with patches of {patch} needs sides divisible by it, got {shape}")
+        if width % heads:
+            raise InputError(f"a dit of width {width} cannot be split over {heads} heads")
+        self.patch = patch
+        self.embedding = NoiseEmbedding(width)
+        self.gate = InputGate(width, 3)
+        tokens = (height // patch) * (image_width // patch)
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.first = nn.Linear(channels * patch**2, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.last = nn.Linear(width, channels * patch**2)
+        for layer in (self.modulation, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        embedding = self.embedding(log_snr)
+        tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+        h = self.first(tokens) + self.position
+        for block in self.blocks:
+            h = block(h, embedding)
+        shift, scale = self.modulation(F.silu(embedding))[:, None].chunk(2, -1)
+        patches = self.last(self.norm(h) * (1 + scale) + shift).transpose(1, 2)
+        output = F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)
+        return output + self.gate(embedding) * x
+
+
+def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise InputError(f"network {network!r} needs images (channels, height, width), got samples of shape {shape}")
+    return shape[0], shape[1], shape[2]
+
+
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+
+
+def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
+    """A network by name, with options as in ``mlp:width=256,depth=4``, its initial weights given by the seed.
+
+    Raises:
+        InputError: if the name or an option is unknown, or the network does not fit the shape.
+    """
+    factories = {name: _for_shape(factory, shape) for name, factory in NETWORKS.items()}
+    # Initialisers read torch's global generator; it is seeded for the call and restored after it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_generator(seed).initial_seed())
+        return build("network", spec, factories)
+
+
+def _for_shape(factory: Callable[..., nn.Module], shape: tuple[int, ...]) -> Callable[..., nn.Module]:
+    import functools
+    import inspect
+
+    bound = functools.partial(factory, shape)
+    signature = inspect.signature(factory)
+    options = [parameter for name, parameter in signature.parameters.items() if name != "shape"]
+    bound.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return bound
