@@ -1,0 +1,42 @@
+"""The front door that both command lines share: subcommands from functions, errors as one sentence, exit codes.
+
+Exit code 0 means done, 1 that a check found what it was looking for (such as an invalid file), 2 that the input cannot
+be used as given: the message on stderr is one sentence and nothing was half-written. Ctrl-C ends with 130. Any other
+exception is a defect of ours and keeps its traceback.
+"""
+
+__all__ = ["run_cli"]
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from difficulty.errors import InputError
+
+
+def run_cli(
+    subcommands: dict[str, Callable[..., Any]], prog: str, description: str, args: Sequence[str] | None = None
+) -> int:
+    """Parse the command line, call the function it names, and return the exit code.
+
+    Args:
+        subcommands: name to function; its signature and docstring become the options and the help.
+        prog: name of the command in the help.
+        description: one sentence under the usage line.
+        args: arguments instead of ``sys.argv[1:]``.
+
+    Returns:
+        What the function returns if that is an int, else 0; 2 for an ``InputError``, 130 for Ctrl-C.
+    """
+    import tyro
+
+    try:
+        result = tyro.extras.subcommand_cli_from_dict(subcommands, prog=prog, description=description, args=args)
+    except InputError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; what was finished is on disk, the same command continues or repeats it",
+              file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
