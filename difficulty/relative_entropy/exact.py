@@ -1,0 +1,111 @@
+"""Relative entropy of a law whose marginals are known in closed form: F2 for a Gaussian, otherwise F1 with draws of it.
+
+The only error is that of Monte Carlo. Common draws of (x0, eps) serve all pairs, so that the curve over t is smooth.
+"""
+
+__all__ = ["estimate_exact", "kl_of_law"]
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.datasets import Dataset
+from difficulty.errors import InputError
+from difficulty.laws import GaussianMixture, Law
+from difficulty.randomness import torch_generator
+from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
+from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
+from difficulty.relative_entropy.kernel import MixtureKernel
+from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
+from difficulty.relative_entropy.pairs import Pairs
+
+Array = npt.NDArray[np.float64]
+
+EXACT_STREAM = 11
+BLOCK_BYTES = 2**28
+
+
+def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
+    """KL of the data set's own law.
+
+    Raises:
+        InputError: if the law is not known.
+    """
+    law = dataset.law
+    if law is None:
+        raise InputError(f"the law of {dataset.name} is not known; use estimator 'auto' instead of 'exact'")
+    m = len(pairs)
+    if isinstance(law, GaussianMixture) and len(law.means) == 1:
+        values, mean = law.eigenvalues[0].numpy(), law._rotated_means[0].numpy()
+        kl, kl_reverse = gaussian_kl(pairs, values, mean), gaussian_kl(pairs, values, mean, reverse=True)
+        se = np.zeros(m)
+        i_min = _i_min(gaussian_profile(pairs.tau, values, mean)) if np.isfinite(pairs.tau).all() else np.full(m, np.nan)
+    else:
+        x0, eps = law_draws(law, settings.samples, settings.seed)
+        kl, se, kl_reverse, i_min = kl_of_law(law, pairs, x0, eps, settings)
+    low, high = log_interval(kl, np.divide(se, kl, out=np.zeros(m), where=kl > 0))
+    name = np.full(m, "exact", dtype=object)
+    return Estimate(kl, kl_reverse, se, low, high, i_min, name, np.ones(m, bool), np.full(m, "", dtype=object))
+
+
+def law_draws(law: Law, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Clean samples and noise, each (n, D)."""
+    generator = torch_generator(EXACT_STREAM, seed)
+    x0 = law.sample(n, generator)
+    return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+
+
+def kl_of_law(
+    law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings
+) -> tuple[Array, Array, Array, Array]:
+    """kl, se, kl_reverse and I_min of a law by Monte Carlo at x0 ~ law."""
+    forward, backward = log_ratios(law, pairs, x0, eps, settings)
+    (kl, se), (kl_reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
+    flow, dilation = time_scores(law, pairs.tau, x0, eps)
+    profile = torch.stack([flow.square().mean(1), (flow * dilation).mean(1), dilation.square().mean(1)], 1).numpy()
+    return kl.numpy(), se.numpy(), kl_reverse.numpy(), _i_min(profile)
+
+
+def log_ratios(law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """log p_from/p_t at points of p_from, and log p_t/p_from at points of p_t, each (m, n)."""
+    if isinstance(law, GaussianMixture):
+        parts = []
+        for rows in _blocks(law, len(x0)):
+            kernel = MixtureKernel(law, x0[rows], eps[rows])
+            parts.append((kernel.log_ratio(pairs.first, pairs.second), kernel.log_ratio(pairs.second, pairs.first)))
+            settings.progress(rows.stop, len(x0))
+        forward, backward = zip(*parts, strict=True)
+        return torch.cat(forward, 1), torch.cat(backward, 1)
+    forward_rows, backward_rows = [], []
+    for i, (a, b) in enumerate(zip(pairs.first, pairs.second, strict=True)):
+        first, second = (float(a[0]), float(a[1])), (float(b[0]), float(b[1]))
+        forward_rows.append(law.log_ratio(first[0] * x0 + first[1] * eps, first, second))
+        backward_rows.append(law.log_ratio(second[0] * x0 + second[1] * eps, second, first))
+        settings.progress(i + 1, len(pairs))
+    return torch.stack(forward_rows), torch.stack(backward_rows)
+
+
+def time_scores(law: Law, tau: Array, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """F and q at y = x0 + exp(tau) eps, each (m, n); NaN where tau is infinite."""
+    finite = np.isfinite(tau)
+    shape = (len(tau), len(x0))
+    flow, dilation = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
+    if isinstance(law, GaussianMixture):
+        parts = [MixtureKernel(law, x0[r], eps[r]).time_score(tau[finite]) for r in _blocks(law, len(x0))]
+        flows, dilations = zip(*parts, strict=True)
+        flow[torch.from_numpy(finite)], dilation[torch.from_numpy(finite)] = torch.cat(flows, 1), torch.cat(dilations, 1)
+        return flow, dilation
+    for i in np.flatnonzero(finite):
+        s = float(np.exp(tau[i]))
+        flow[i], dilation[i] = law.time_score_parts(x0 + s * eps, 1.0, s)
+    return flow, dilation
+
+
+def _blocks(law: GaussianMixture, n: int) -> list[slice]:
+    size = max(1, n * BLOCK_BYTES // max(MixtureKernel.bytes_needed(law, n), 1))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _i_min(profile: Array) -> Array:
+    return profile[:, 0] - profile[:, 1] ** 2 / profile[:, 2]

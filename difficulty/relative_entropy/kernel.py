@@ -1,0 +1,134 @@
+"""Log-ratios and time scores of a Gaussian mixture at many noise levels at once.
+
+For x = alpha x0 + sigma eps the residual in the eigenbasis of component k, z = alpha zx + sigma ze, is linear in two
+vectors that do not depend on the noise level, and all that a log-density needs is sum_d z_d^2 w_d and sum_d m_d z_d w_d.
+So five feature arrays, made once, and one matrix product serve every pair of noise levels:
+
+    sum z^2 w = alpha^2 (zx^2).w + alpha sigma (2 zx ze).w + sigma^2 (ze^2).w.
+
+Per component, with shift = (alpha_2 - alpha_1) m and shrink = (v_1 - v_2)/v_2,
+    d = log N_1/N_2 = 1/2 [z_1^2 shrink/v_1 - (2 z_1 - shift) shift/v_2 - log(1 + shrink)],
+and log p_1/p_2 = -log sum_k r_k exp(-d_k) with r_k the posterior of k under p_1: no difference of large logarithms.
+"""
+
+__all__ = ["MixtureKernel"]
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.laws import GaussianMixture
+
+# Elements (component, point, noise level) held at once: 2^22 doubles are 32 MiB, about a last-level cache.
+CHUNK = 2**22
+
+
+class MixtureKernel:
+    """A mixture evaluated at x = alpha x0 + sigma eps for fixed (x0, eps).
+
+    Args:
+        law: the mixture.
+        x0, eps: float64, shape (n, D).
+    """
+
+    def __init__(self, law: GaussianMixture, x0: Tensor, eps: Tensor) -> None:
+        self.dim = law.dim
+        self.log_weights = law.log_weights
+        means = law._rotated_means[:, None]
+        isotropic = bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
+        if isotropic:
+            # One variance per component: the features are sums over dimensions, and thousands of components are cheap.
+            zx2 = torch.cdist(law.means, x0, compute_mode="donot_use_mm_for_euclid_dist").square()
+            ze2 = eps.square().sum(1).expand_as(zx2)
+            m_eps, m_x0 = law.means @ eps.T, law.means @ x0.T
+            cross = (x0 * eps).sum(1) - m_eps
+            m2 = law.means.square().sum(1)[:, None]
+            self.features = torch.stack([zx2, 2 * cross, ze2, m_x0 - m2, m_eps], 2)
+            self.eigenvalues = law.eigenvalues[:, :1]
+            self.means_squared = m2
+            self.multiplicity = float(law.dim)
+        else:
+            zx = torch.matmul(x0, law.basis) - means
+            ze = torch.matmul(eps, law.basis)
+            self.features = torch.cat([zx.square(), 2 * zx * ze, ze.square(), means * zx, means * ze], 2)
+            self.eigenvalues = law.eigenvalues
+            self.means_squared = law._rotated_means.square()
+            self.multiplicity = 1.0
+
+    @staticmethod
+    def bytes_needed(law: GaussianMixture, n: int) -> int:
+        """Memory of the features for n points."""
+        isotropic = bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
+        return 40 * n * len(law.means) * (1 if isotropic else law.dim)
+
+    def log_ratio(self, first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> Tensor:
+        """log p_1(x) - log p_2(x) at x = alpha_1 x0 + sigma_1 eps, shape (m, n).
+
+        Args:
+            first, second: (alpha, sigma), shape (m, 2).
+        """
+        out = []
+        for rows in self._chunks(len(first)):
+            a1, s1, a2, s2 = (torch.from_numpy(c)[None, None, :] for c in (*first[rows].T, *second[rows].T))
+            lam = self.eigenvalues[:, :, None]
+            v1, v2 = a1**2 * lam + s1**2, a2**2 * lam + s2**2
+            shrink = ((a1 - a2) * (a1 + a2) * lam + (s1 - s2) * (s1 + s2)) / v2
+            da = a2 - a1
+            log_posterior = torch.log_softmax(self._log_joint(a1, s1, v1), 0)
+            linear = -2 * da / v2
+            weights = _stack(a1, s1, shrink / v1, linear)
+            constant = (da**2 * self.means_squared[:, :, None] / v2).sum(1)
+            constant = constant - self.multiplicity * torch.log1p(shrink).sum(1)
+            d = 0.5 * (torch.bmm(self.features, weights) + constant[:, None])
+            near = -torch.log1p((log_posterior.exp() * torch.expm1(-d.clamp(min=-1.0))).sum(0))
+            far = -torch.logsumexp(log_posterior - d, 0)
+            # Components without weight at a point may have any ratio there; they do not decide which form is used.
+            relevant = torch.where(log_posterior > -40.0, d.abs(), 0.0).amax(0)
+            out.append(torch.where(relevant < 0.5, near, far).T)
+        return torch.cat(out)
+
+    def time_score(self, tau: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """F = d log p/d tau and the dilation score q (THEORY F3) at y = x0 + exp(tau) eps, each (m, n)."""
+        flows, dilations = [], []
+        for rows in self._chunks(len(tau)):
+            s = torch.from_numpy(np.exp(tau[rows]))[None, None, :]
+            one = torch.ones_like(s)
+            lam = self.eigenvalues[:, :, None]
+            v = lam + s**2
+            posterior = torch.softmax(self._log_joint(one, s, v), 0)
+            flow = torch.bmm(self.features, _stack(one, s, (s / v) ** 2, torch.zeros_like(v)))
+            flow = flow - (self.multiplicity * s**2 / v).sum(1)[:, None]
+            dilation = self.dim - torch.bmm(self.features, _stack(one, s, 1 / v, 1 / v))
+            flows.append((posterior * flow).sum(0).T)
+            dilations.append((posterior * dilation).sum(0).T)
+        return torch.cat(flows), torch.cat(dilations)
+
+    def log_prob(self, tau: npt.NDArray[np.float64]) -> Tensor:
+        """log density of y = x0 + exp(tau) eps, shape (m, n)."""
+        out = []
+        for rows in self._chunks(len(tau)):
+            s = torch.from_numpy(np.exp(tau[rows]))[None, None, :]
+            joint = self._log_joint(torch.ones_like(s), s, self.eigenvalues[:, :, None] + s**2)
+            out.append(torch.logsumexp(joint, 0).T)
+        return torch.cat(out) - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def _log_joint(self, alpha: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+        """log w_k + log N(x; k) without the 2 pi, shape (K, n, m)."""
+        quadratic = torch.bmm(self.features, _stack(alpha, sigma, 1 / v, torch.zeros_like(v)))
+        log_det = self.multiplicity * v.log().sum(1)
+        return self.log_weights[:, None, None] - 0.5 * quadratic - 0.5 * log_det[:, None]
+
+    def _chunks(self, m: int) -> list[slice]:
+        components, n, _ = self.features.shape
+        size = max(1, CHUNK // (components * n))
+        return [slice(start, min(start + size, m)) for start in range(0, m, size)]
+
+
+def _stack(alpha: Tensor, sigma: Tensor, quadratic: Tensor, linear: Tensor) -> Tensor:
+    """Weights of the five features, shape (K, 5 D, m), from those of z^2 and m z, each (K, D, m)."""
+    return torch.cat(
+        [alpha**2 * quadratic, alpha * sigma * quadratic, sigma**2 * quadratic, alpha * linear, sigma * linear], 1
+    )

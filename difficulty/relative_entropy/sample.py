@@ -1,0 +1,102 @@
+"""The data as the estimators see them: one form for every order of rows, rotation and number of copies.
+
+All rows, train and held-out, are pooled, since the estimators make folds of their own. Rows are put in the order of
+their distance from the mean and dealt by a fixed permutation, so that neither the order of the file nor a rotation of
+the space changes a fold. Equal rows become one row with a count: two copies of a row must not be on both sides of a
+split. Coordinates are those of the principal axes; axes without variance are kept apart and treated in closed form.
+"""
+
+__all__ = ["Sample", "make_sample"]
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from difficulty.datasets import Dataset
+
+Array = npt.NDArray[np.float64]
+
+ORDER_SEED = 5
+# Variance below this share of the largest is rounding of float32 input (2^-24 squared is 4e-15), not data.
+NULL_SHARE = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Centred rows along principal axes.
+
+    Args:
+        rows: distinct rows, shape (n, r), r the number of axes with variance, largest first.
+        counts: how often each row occurs, shape (n,).
+        eigenvalues: variance along each axis (unbiased), shape (r,).
+        mean: the mean along the same axes, shape (r,).
+        null_mean: the mean along the axes without variance, as one length (their direction does not matter).
+        dim: D, of which D - r axes have no variance.
+    """
+
+    rows: Array
+    counts: Array
+    eigenvalues: Array
+    mean: Array
+    null_mean: float
+    dim: int
+
+    @property
+    def n(self) -> int:
+        """Number of distinct rows: the sample size that counts."""
+        return len(self.rows)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes with variance."""
+        return self.rows.shape[1]
+
+    @property
+    def second_moment(self) -> float:
+        """E|x0|^2 of the sample."""
+        spread = float((self.counts[:, None] * self.rows**2).sum() / self.counts.sum())
+        return spread + float((self.mean**2).sum()) + self.null_mean**2
+
+    def all_eigenvalues(self) -> Array:
+        """Variances along all D axes."""
+        return np.concatenate([self.eigenvalues, np.zeros(self.dim - self.rank)])
+
+    def all_means(self) -> Array:
+        """Mean along all D axes."""
+        null = np.zeros(self.dim - self.rank)
+        null[:1] = self.null_mean
+        return np.concatenate([self.mean, null])
+
+
+def make_sample(dataset: Dataset) -> Sample:
+    """Pool, order and rotate the rows of a data set."""
+    parts = [part.reshape(len(part), -1) for part in (dataset.train, dataset.heldout)]
+    x = np.unique(torch.cat(parts).numpy(), axis=0, return_counts=True)
+    rows, counts = x[0].astype(np.float64), x[1].astype(np.float64)
+    mean = np.average(rows, axis=0, weights=counts)
+    rows = rows - mean
+    order = np.argsort((rows**2).sum(1), kind="stable")
+    order = order[np.random.default_rng(ORDER_SEED).permutation(len(rows))]
+    rows, counts = rows[order], counts[order]
+    values, axes = _principal_axes(rows, counts)
+    null_mean = float(np.sqrt(max((mean**2).sum() - ((mean @ axes) ** 2).sum(), 0.0)))
+    return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1])
+
+
+def _principal_axes(rows: Array, counts: Array) -> tuple[Array, Array]:
+    """Variances, largest first, and axes (D, r), of centred rows; axes of rounding size are dropped."""
+    n, dim = rows.shape
+    weighted = rows * np.sqrt(counts / max(counts.sum() * (1 - 1 / n), 1.0))[:, None]
+    if n >= dim:
+        values, axes = np.linalg.eigh(weighted.T @ weighted)
+        # The product squares the condition number; the variances are read off the rotated rows instead.
+        axes = axes[:, ::-1]
+        values = ((weighted @ axes) ** 2).sum(0)
+    else:
+        values, left = np.linalg.eigh(weighted @ weighted.T)
+        values, left = values[::-1].clip(min=0.0), left[:, ::-1]
+        axes = weighted.T @ left / np.sqrt(np.maximum(values, 1e-300))
+    keep = values > NULL_SHARE * max(float(values.max(initial=0.0)), 1e-300)
+    return values[keep], axes[:, keep]
