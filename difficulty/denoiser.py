@@ -44,8 +44,8 @@ class Denoiser(nn.Module):
             self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at integer t (B,), shaped (B, 1, ...) to broadcast against ``like``."""
-        shape = (-1, *(1,) * (like.ndim - 1))
+        """alpha and sigma at integer t (B,) or (E, B), with trailing ones to broadcast against ``like``."""
+        shape = t.shape + (1,) * (like.ndim - t.ndim)
         return self.alpha[t].reshape(shape), self.sigma[t].reshape(shape)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:

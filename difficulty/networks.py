@@ -42,7 +42,12 @@ class NoiseEmbedding(nn.Module):
 
 
 class InputGate(nn.Module):
-    """The learned multiple of the input that is added to the output, starting at 0: (B, width) -> (B, 1, ...)."""
+    """The learned multiple of the input that is added to the output, starting at 0: (B, width) -> (B, 1, ...).
+
+    Its weights all pull the same way, so a step of Adam moves the sum of them far; the factor keeps it from overshooting.
+    """
+
+    factor = 0.25
 
     def __init__(self, width: int, sample_rank: int) -> None:
         super().__init__()
@@ -52,12 +57,12 @@ class InputGate(nn.Module):
         nn.init.zeros_(self.gain.bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        gain = self.gain(embedding)
+        gain = self.factor * self.gain(embedding)
         return gain.reshape(gain.shape[:1] + (1,) * self.sample_rank)
 
 
 class MLP(nn.Module):
-    """Residual-free multilayer perceptron on the flattened sample.
+    """Multilayer perceptron on the flattened sample.
 
     Args:
         shape: shape of one sample.

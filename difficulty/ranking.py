@@ -4,19 +4,27 @@ Rank 1 is the easiest task, rank K the hardest. A rank interval is the 90 % boot
 told apart only where their intervals do not overlap. Measures are compared by Kendall's tau.
 """
 
-__all__ = ["MeasureRanking", "Ranking", "RankingTask", "TauBetween"]
+__all__ = ["Estimate", "MeasureRanking", "Ranking", "RankingTask", "TauBetween", "rank_tasks"]
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from difficulty.errors import InputError
-from difficulty.process import Process
+from difficulty.process import Array, Process
+from difficulty.randomness import stream
 from difficulty.records import read_json, write_json
 from difficulty.tasks import Task
 
 RANKING_FORMAT = "denoising-difficulty/ranking/1"
+INTERVAL_LEVEL = 0.90
+REPLICATES = 4000
+TOLD_APART = 0.95  # share of replicates in which two tasks keep their order
 
 
 class _Record(BaseModel):
@@ -133,3 +141,195 @@ class Ranking(_Record):
     def save(self, path: Path) -> None:
         """Write ranking.json atomically."""
         write_json(path, self.model_dump())
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """One measure's difficulty per task with its 90 % interval; larger is harder.
+
+    Args:
+        unit: of the value.
+        value, ci_low, ci_high: shape (K,); NaN where the measure gives none.
+        log: whether the interval is symmetric on the log scale.
+        flagged: (K,), the value is censored or not valid.
+        hardest_if_missing: whether a missing value means that the task could not be learned (it is ranked hardest),
+            rather than that the measure says nothing about it (it is not ranked).
+        note: for the reader.
+    """
+
+    unit: str
+    value: Array
+    ci_low: Array
+    ci_high: Array
+    log: bool
+    flagged: npt.NDArray[np.bool_]
+    hardest_if_missing: bool
+    note: str = ""
+
+    def replicates(self, count: int, rng: np.random.Generator) -> Array:
+        """Values (count, K) as they might have come out: normal about the value on the interval's own scale.
+
+        Missing values are +inf where they mean hardest, NaN otherwise.
+        """
+        to_scale = np.log if self.log else np.asarray
+        with np.errstate(invalid="ignore", divide="ignore"):
+            centre, low, high = (to_scale(a) for a in (self.value, self.ci_low, self.ci_high))
+        sd = np.nan_to_num((high - low) / (2 * 1.6448536269514722))  # the normal's 95 % point: 90 % lie within
+        drawn = centre + sd * rng.standard_normal((count, len(centre)))
+        return np.where(np.isnan(centre), np.inf if self.hardest_if_missing else np.nan, drawn)
+
+
+def rank_tasks(
+    estimates: Mapping[str, Estimate],
+    tasks: Sequence[Task],
+    process: Process,
+    *,
+    dataset: Mapping[str, Any],
+    grid: str,
+    provenance: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    seed: int = 0,
+) -> Ranking:
+    """Rank the tasks by every measure, with intervals, and compare the measures.
+
+    Args:
+        estimates: by measure name.
+        tasks: of the process.
+        process: the forward process.
+        dataset: fingerprint of the data.
+        grid: how the tasks were cut.
+        provenance: where the estimates come from.
+        notes: sentences to put after the verdict.
+        seed: of the bootstrap.
+    """
+    replicates = {
+        name: estimate.replicates(REPLICATES, stream(seed, index))
+        for index, (name, estimate) in enumerate(estimates.items())
+    }
+    measures = {name: _rank_one(estimate, replicates[name]) for name, estimate in estimates.items()}
+    names = list(estimates)
+    taus = [
+        _kendall(first, second, estimates, replicates) for i, first in enumerate(names) for second in names[i + 1 :]
+    ]
+    verdict = [_verdict_on(name, estimates[name], replicates[name], tasks) for name in names]
+    verdict += [_agreement(tau) for tau in taus]
+    return Ranking(
+        process=process.fingerprint,
+        dataset=dict(dataset),
+        grid=grid,
+        interval_level=INTERVAL_LEVEL,
+        tasks=[RankingTask.of(task, process) for task in tasks],
+        measures=measures,
+        kendall_tau=taus,
+        verdict=[*verdict, *notes],
+        provenance=dict(provenance),
+    )
+
+
+def _centre(estimate: Estimate) -> Array:
+    """The value per task, +inf where missing means hardest."""
+    return np.where(np.isnan(estimate.value) & estimate.hardest_if_missing, np.inf, estimate.value)
+
+
+def _rank_one(estimate: Estimate, replicates: Array) -> MeasureRanking:
+    centre = _centre(estimate)
+    ranked = np.flatnonzero(~np.isnan(centre))
+    order = ranked[np.argsort(centre[ranked], kind="stable")]
+    K = len(centre)
+    rank = np.full(K, np.nan)
+    rank[order] = np.arange(1, len(order) + 1)
+    low, high = np.full(K, np.nan), np.full(K, np.nan)
+    if len(ranked):
+        positions = replicates[:, ranked].argsort(1, kind="stable").argsort(1) + 1
+        tails = [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2]
+        low[ranked], high[ranked] = np.quantile(positions, tails, axis=0, method="closest_observation")
+        # The rank of the estimate itself belongs to its interval.
+        low, high = np.fmin(low, rank), np.fmax(high, rank)
+    return MeasureRanking(
+        unit=estimate.unit,
+        value=_floats(estimate.value),
+        ci_low=_floats(estimate.ci_low),
+        ci_high=_floats(estimate.ci_high),
+        rank=_ints(rank),
+        rank_low=_ints(low),
+        rank_high=_ints(high),
+        flagged=estimate.flagged.tolist(),
+        order=order.tolist(),
+        note=estimate.note,
+    )
+
+
+def _floats(values: Array) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _ints(values: Array) -> list[int | None]:
+    return [None if np.isnan(value) else int(value) for value in values]
+
+
+def _pair_signs(values: Array) -> Array:
+    """Signs of the differences of all pairs of the last axis, (..., K (K - 1) / 2); equal infinities are ties."""
+    i, j = np.triu_indices(values.shape[-1], 1)
+    first, second = values[..., i], values[..., j]
+    return (first > second).astype(np.float64) - (first < second)
+
+
+def _tau(first: Array, second: Array) -> Array:
+    """Kendall's tau-b over the last axis; NaN where one side is all ties."""
+    a, b = _pair_signs(first), _pair_signs(second)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+
+
+def _kendall(
+    first: str, second: str, estimates: Mapping[str, Estimate], replicates: Mapping[str, Array]
+) -> TauBetween:
+    a, b = _centre(estimates[first]), _centre(estimates[second])
+    both = ~(np.isnan(a) | np.isnan(b))
+    if both.sum() < 3:
+        return TauBetween(first=first, second=second, tau=None, ci_low=None, ci_high=None, tasks=int(both.sum()))
+    drawn = _tau(replicates[first][:, both], replicates[second][:, both])
+    tails = np.nanquantile(drawn, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
+    tau, low, high = _floats(np.array([_tau(a[both], b[both]), *tails]))
+    if tau is not None and low is not None and high is not None:
+        # Noise in the replicates can only lower an agreement; the estimate belongs to its own interval.
+        low, high = min(low, tau), max(high, tau)
+    return TauBetween(first=first, second=second, tau=tau, ci_low=low, ci_high=high, tasks=int(both.sum()))
+
+
+def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> str:
+    """One sentence: the hardest and easiest task, how many neighbours in rank differ, and "is lower t harder"."""
+    centre = _centre(estimate)
+    ranked = np.flatnonzero(~np.isnan(centre))
+    if len(ranked) < 3:
+        return f"{name}: fewer than three tasks have a value; no ranking is possible."
+    order = ranked[np.argsort(centre[ranked], kind="stable")]
+    apart = int(((replicates[:, order[1:]] > replicates[:, order[:-1]]).mean(0) >= TOLD_APART).sum())
+    position = np.arange(len(ranked), dtype=np.float64)
+    drawn = _tau(replicates[:, ranked], -position)
+    low, high = np.nanquantile(drawn, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
+    tau = float(_tau(centre[ranked], -position))
+    low, high = min(low, tau), max(high, tau)
+    hardest, easiest = tasks[order[-1]], tasks[order[0]]
+    if low > 0:
+        lower_is_harder = "holds in tendency" if hardest.index != ranked[0] or tau < 0.9 else "holds"
+    else:
+        lower_is_harder = "fails (higher t is harder)" if high < 0 else "is not decided"
+    return (
+        f"{name}: hardest t {hardest.first}..{hardest.last}, easiest t {easiest.first}..{easiest.last}; "
+        f"{apart} of {len(order) - 1} neighbours in rank can be told apart at {TOLD_APART:.0%}; "
+        f"'lower t is harder' {lower_is_harder} (tau {tau:+.2f} [{low:+.2f}, {high:+.2f}])."
+    )
+
+
+def _agreement(tau: TauBetween) -> str:
+    if tau.tau is None or tau.ci_low is None or tau.ci_high is None:
+        return f"{tau.first} and {tau.second}: too few common tasks to compare."
+    if tau.ci_low > 0:
+        words = "agree" if tau.ci_low > 0.7 else "agree in part"
+    else:
+        words = "contradict each other" if tau.ci_high < 0 else "are not shown to agree"
+    return (
+        f"{tau.first} and {tau.second} {words} "
+        f"(Kendall tau {tau.tau:+.2f} [{tau.ci_low:+.2f}, {tau.ci_high:+.2f}], {tau.tasks} tasks)."
+    )

@@ -133,12 +133,18 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
         config: everything that determines the result: arguments, seeds, fingerprints of data and process.
 
     Raises:
-        InputError: if the folder exists and is not a results folder, so that nobody's files are mixed with ours.
+        InputError: if the folder is not a results folder, so that nobody's files are mixed with ours, or holds a
+            finished run with another config, so that no result is lost. The same config runs again in place.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
         raise InputError(f"{folder} is not empty and holds no run.json; choose another output folder")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another output folder")
+    config = _finite(config)
+    if (folder / "run.json").exists():
+        earlier = read_json(folder / "run.json")
+        if earlier.get("status") == "finished" and (earlier.get("kind"), earlier.get("config")) != (kind, config):
+            raise InputError(f"{folder} holds a finished run with other settings; choose another --out or delete it")
     run = {
         "format": RUN_FORMAT,
         "kind": kind,

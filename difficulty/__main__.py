@@ -1,0 +1,3 @@
+from difficulty.cli import main
+
+main()

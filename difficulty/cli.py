@@ -1,0 +1,196 @@
+"""Command line ``difficulty``: every subcommand calls one public function and prints what it found."""
+
+__all__ = ["main"]
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from difficulty.commandline import run_cli
+
+DataArgument = Annotated[str, tyro.conf.Positional]
+FolderArgument = Annotated[Path, tyro.conf.Positional]
+
+
+class StageBars:
+    """One progress bar on stderr per stage, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or stage != self._stage:
+            self.close()
+            self._stage, self._bar = stage, tqdm(total=total, desc=stage, mininterval=0.5, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """End the current bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def measure(
+    data: DataArgument,
+    /,
+    out: Path,
+    process: str = "vp-linear",
+    tasks: int = 20,
+    grid: Literal["t", "log-snr"] = "t",
+    measures: tuple[Literal["convergence", "relative-entropy"], ...] = ("convergence", "relative-entropy"),
+    prediction: str = "eps",
+    network: str = "mlp",
+    seeds: int = 3,
+    budget: int = 2000,
+    batch: int = 128,
+    learning_rate: float = 1e-3,
+    engine: str = "auto",
+    estimator: str = "auto",
+    json: bool = False,
+) -> None:
+    """Measure how hard every denoising task is: experts, relative entropy, ranking, figures.
+
+    Example: difficulty measure digits --tasks 10 --budget 400 --out runs/digits
+
+    An interrupted measurement goes on where it stopped when the same command is given again.
+
+    Args:
+        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        out: folder to write.
+        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
+        tasks: number of tasks.
+        grid: tasks of equal length in t, or in log-SNR.
+        measures: what to measure.
+        prediction: what the experts predict: eps, x0, v, score, velocity or edm.
+        network: of each expert: mlp, unet or dit, with options as in mlp:width=256.
+        seeds: how many experts per task; more make the intervals narrower.
+        budget: iterations at which difficulty is read off; training goes on to twice that for the floor.
+        batch: samples per iteration and expert.
+        learning_rate: of AdamW.
+        engine: how experts are trained together: auto, vmap or loop.
+        estimator: of the relative entropy (see `difficulty kl --help`).
+        json: print ranking.json on standard output.
+    """
+    from difficulty.experts import ExpertPlan
+    from difficulty.measure import measure as run
+    from difficulty.plots import plot_folder
+
+    plan = ExpertPlan(
+        network=network,
+        prediction=prediction,
+        seeds=tuple(range(seeds)),
+        budget=budget,
+        batch=batch,
+        learning_rate=learning_rate,
+        engine=engine,
+    )
+    bars = StageBars()
+    try:
+        found = run(
+            data, process, out=out, tasks=tasks, grid=grid, measures=measures, plan=plan, estimator=estimator,
+            progress=bars,
+        )  # fmt: skip
+    finally:
+        bars.close()
+    plot_folder(out)
+    _print_ranking(found.ranking.model_dump(), json)
+    print(f"Results and figures: {out}", file=sys.stderr)
+
+
+def rank(folder: FolderArgument, /, json: bool = False) -> None:
+    """Make ranking.json of a finished measurement again from its tables.
+
+    Example: difficulty rank runs/digits --json
+
+    Args:
+        folder: of a finished measurement.
+        json: print ranking.json on standard output.
+    """
+    from difficulty.measure import rank_folder
+
+    _print_ranking(rank_folder(folder).model_dump(), json)
+
+
+def plot(folder: FolderArgument, /) -> None:
+    """Draw the figures of a finished measurement again from its tables.
+
+    Example: difficulty plot runs/digits
+
+    Args:
+        folder: of a finished measurement.
+    """
+    from difficulty.plots import plot_folder
+
+    for path in plot_folder(folder):
+        print(path)
+
+
+def datasets(json: bool = False) -> None:
+    """List the built-in data sets and their options.
+
+    Example: difficulty datasets
+
+    Args:
+        json: print them as JSON.
+    """
+    from difficulty.datasets import DATASETS
+
+    _print_registry({name: factory for name, factory in DATASETS.items()}, json)
+
+
+def processes(json: bool = False) -> None:
+    """List the forward processes and their options.
+
+    Example: difficulty processes
+
+    Args:
+        json: print them as JSON.
+    """
+    from difficulty.process import PROCESSES
+
+    _print_registry({name: factory for name, factory in PROCESSES.items()}, json)
+
+
+def _print_ranking(ranking: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(ranking))
+        return
+    for sentence in ranking["verdict"]:
+        print(sentence)
+
+
+def _print_registry(factories: dict, as_json: bool) -> None:
+    import inspect
+
+    entries = {}
+    for name, factory in factories.items():
+        options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
+        entries[name] = {"description": inspect.cleandoc(factory.__doc__ or "").splitlines()[0], "options": options}
+    if as_json:
+        print(json.dumps(entries))
+        return
+    for name, entry in entries.items():
+        options = ",".join(f"{key}={value}" for key, value in entry["options"].items())
+        print(f"{name + (':' + options if options else ''):<58} {entry['description']}")
+
+
+SUBCOMMANDS = {
+    "measure": measure,
+    "rank": rank,
+    "plot": plot,
+    "datasets": datasets,
+    "processes": processes,
+}
+
+
+def main() -> None:
+    """Entry point of the console command and of ``python -m difficulty``."""
+    sys.exit(run_cli(SUBCOMMANDS, "difficulty", "Measure which denoising tasks of a diffusion model are hard."))

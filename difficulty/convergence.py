@@ -1,0 +1,242 @@
+"""How fast experts converge, from their held-out losses: three definitions side by side.
+
+With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i iterations and L* the floor,
+
+    excess_nats   e = (L(budget) - L*) / 2: nats per unit log-SNR that the expert has not yet learned (I-MMSE relation,
+                  Guo, Shamai & Verdu 2005); the same whatever the network predicts.
+    log_regret    mean over log-spaced iterations up to the budget of log e(i): the whole learning curve in one number.
+    paper_style   iterations until (L(i) - L_end) / (L(0) - L_end) falls to 0.1, with the curve's own end as the limit, as
+                  in arXiv 2403.10348; depends on the prediction and on the budget, and a stuck expert looks easy.
+
+Larger is harder in all three. For an exact law L* is the Bayes loss and e is E|eps_hat - E[eps|x_t]|^2 / 2, free of the
+noise of the floor. Otherwise L* is the least mean loss on the same draws over all seeds, all checkpoints up to twice the
+budget, and a Gaussian denoiser: an upper bound of the floor, so that e is a lower bound.
+
+Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
+variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
+"""
+
+__all__ = ["DEFINITIONS", "INTERVAL_LEVEL", "convergence_table", "loss_table"]
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import t as student_t
+
+from difficulty.experts import ExpertCurves
+from difficulty.process import Array
+from difficulty.records import check_columns
+
+INTERVAL_LEVEL = 0.90
+# Weight of the tasks' median variance against a task's own, in degrees of freedom.
+PRIOR_DEGREES = 4.0
+PAPER_FALL = 0.9
+# An expert that removed less than this share of its initial loss above the floor is stuck.
+STUCK_SHARE = 0.02
+LOSS_COLUMNS = [
+    "task", "seed", "iteration", "samples", "heldout_loss", "floor", "floor_kind", "excess_nats", "excess_se",
+]  # fmt: skip
+
+
+def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.DataFrame:
+    """losses.csv: one row per task, seed and checkpoint.
+
+    Args:
+        curves: held-out losses per draw.
+        seeds: of the experts, in the order of ``curves``.
+        batch: samples per iteration.
+
+    Returns:
+        Columns ``LOSS_COLUMNS``; losses are summed over dimensions, excess_nats is (loss - floor)/2 with the standard
+        error over draws, floor_kind is exact or upper_bound.
+    """
+    floor = curves.floor.mean(1)
+    if curves.excess is not None:
+        excess_draws = 0.5 * curves.excess.astype(np.float64)
+    else:
+        best = _best_known(curves)
+        floor = best.mean(1)
+        excess_draws = 0.5 * (curves.losses.astype(np.float64) - best[:, None])
+    S, K, C, M = curves.losses.shape
+    s, k, c = (a.ravel() for a in np.meshgrid(np.arange(S), np.arange(K), np.arange(C), indexing="ij"))
+    iterations = np.asarray(curves.iterations)
+    return pd.DataFrame(
+        {
+            "task": k,
+            "seed": np.asarray(seeds)[s],
+            "iteration": iterations[c],
+            "samples": iterations[c] * batch,
+            "heldout_loss": curves.losses.mean(-1, dtype=np.float64).ravel(),
+            "floor": floor[k],
+            "floor_kind": "exact" if curves.floor_is_exact else "upper_bound",
+            "excess_nats": excess_draws.mean(-1).ravel(),
+            "excess_se": (excess_draws.std(-1, ddof=1) / np.sqrt(M)).ravel(),
+        },
+        columns=LOSS_COLUMNS,
+    )
+
+
+def _best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
+    """Losses per draw (K, M) of the denoiser with the least mean loss of each task."""
+    S, K, C, M = curves.losses.shape
+    experts = curves.losses.transpose(1, 0, 2, 3).reshape(K, S * C, M).astype(np.float64)
+    candidates = np.concatenate([experts, curves.floor[:, None]], axis=1)
+    # A diverged expert is no candidate; NaN would win argmin.
+    means = np.nan_to_num(candidates.mean(-1), nan=np.inf)
+    return candidates[np.arange(K), means.argmin(1)]
+
+
+@dataclass(frozen=True, eq=False)
+class LearningCurves:
+    """losses.csv as arrays, (S, K, C) for S seeds, K tasks, C checkpoints up to the budget."""
+
+    iterations: Array
+    loss: Array
+    excess: Array
+    excess_se: Array
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame, budget: int) -> "LearningCurves":
+        """Arrays of the checkpoints up to the budget."""
+        check_columns(table, LOSS_COLUMNS, "losses.csv")
+        table = table[table["iteration"] <= budget].sort_values(["seed", "task", "iteration"])
+        shape = tuple(table[name].nunique() for name in ("seed", "task", "iteration"))
+        names = ("heldout_loss", "excess_nats", "excess_se")
+        columns = (table[name].to_numpy(dtype=np.float64).reshape(shape) for name in names)
+        return cls(np.unique(table["iteration"]).astype(np.float64), *columns)
+
+    @property
+    def diverged(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) of which a seed's loss is NaN or infinite."""
+        return ~np.isfinite(self.loss).all((0, 2))
+
+    @property
+    def stuck(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) of which a seed is no better than the network that outputs zero.
+
+        Networks start by predicting zero, so the loss of the zero network is the first one on the curve.
+        """
+        with np.errstate(invalid="ignore"):
+            return ~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.excess[..., 0]).all(0)
+
+
+@dataclass(frozen=True, eq=False)
+class SeedValues:
+    """One definition evaluated per seed and task.
+
+    Args:
+        value: (S, K), on the scale on which errors are added (log where ``log`` is true).
+        draw_sd: standard deviation on that scale from the finite set of draws, (K,).
+        censored: (K,), the value is only a bound.
+        log: whether the scale is logarithmic.
+        unit: of the value on the original scale.
+    """
+
+    value: Array
+    draw_sd: Array
+    censored: npt.NDArray[np.bool_]
+    log: bool
+    unit: str
+
+
+def _resolvable(curves: LearningCurves) -> Array:
+    """Excess, no lower than its own standard error: below it its logarithm is noise."""
+    return np.maximum(curves.excess, np.maximum(curves.excess_se, np.finfo(np.float64).tiny))
+
+
+def excess_nats(curves: LearningCurves) -> SeedValues:
+    """Excess over the floor at the budget."""
+    final = _resolvable(curves)[..., -1]
+    unresolved = (curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0)
+    relative = (curves.excess_se[..., -1] / final).mean(0)
+    return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR")
+
+
+def log_regret(curves: LearningCurves) -> SeedValues:
+    """Mean log excess over the log-spaced checkpoints from the first after 0 to the budget."""
+    excess = _resolvable(curves)[..., 1:]
+    relative = (curves.excess_se[..., 1:] / excess).mean((0, 2))
+    unresolved = (curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0)
+    return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR")
+
+
+def paper_style(curves: LearningCurves) -> SeedValues:
+    """Iterations until 90 % of the fall from the first to the last held-out loss has happened."""
+    S, K, _ = curves.loss.shape
+    first, end = curves.loss[..., :1], curves.loss[..., -1:]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        remaining = (curves.loss - end) / (first - end)
+    below = remaining <= 1 - PAPER_FALL
+    # The last checkpoint is always below: its own value is the limit. Crossing there says "not before the budget".
+    crossing = below.argmax(-1)
+    censored = (crossing >= len(curves.iterations) - 1) | (first[..., 0] <= end[..., 0])
+    value = np.empty((S, K))
+    for s, k in np.ndindex(S, K):
+        j = max(int(crossing[s, k]), 1)
+        before, after = remaining[s, k, j - 1], remaining[s, k, j]
+        share = (before - (1 - PAPER_FALL)) / (before - after) if before > after else 1.0
+        low, high = np.log(max(curves.iterations[j - 1], 0.5)), np.log(curves.iterations[j])
+        value[s, k] = low + np.clip(share, 0, 1) * (high - low)
+    # A stuck expert falls by nothing quickly: it has no rate, rather than a good one.
+    value[:, curves.stuck] = np.nan
+    return SeedValues(value, np.zeros(K), censored.any(0), True, "iterations")
+
+
+DEFINITIONS: Mapping[str, Callable[[LearningCurves], SeedValues]] = {
+    "excess_nats": excess_nats,
+    "log_regret": log_regret,
+    "paper_style": paper_style,
+}
+
+
+def convergence_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
+    """convergence.csv: one row per task and definition.
+
+    Args:
+        losses: losses.csv.
+        budget: iterations at which difficulty is read off.
+
+    Returns:
+        Columns task, definition, value, ci_low, ci_high, scale (log or linear: where the interval is symmetric),
+        censored, unit. A task one of whose experts diverged has no value; one of whose experts is stuck has no
+        paper-style value; both are censored, and so is a value that is only a bound.
+
+    Raises:
+        InputError: if a column is missing.
+    """
+    curves = LearningCurves.from_table(losses, budget)
+    parts = []
+    for name, definition in DEFINITIONS.items():
+        values = definition(curves)
+        centre = values.value.mean(0)
+        sd, degrees = _standard_deviation(values)
+        half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
+        back = np.exp if values.log else np.asarray
+        part = pd.DataFrame(
+            {
+                "task": np.arange(len(centre)),
+                "definition": name,
+                "value": back(centre),
+                "ci_low": back(centre - half),
+                "ci_high": back(centre + half),
+                "scale": "log" if values.log else "linear",
+                "censored": values.censored | curves.diverged | curves.stuck,
+                "unit": values.unit,
+            }
+        )
+        part.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _standard_deviation(values: SeedValues) -> tuple[Array, float]:
+    """Standard deviation (K,) of the mean over seeds, and its degrees of freedom."""
+    S = len(values.value)
+    if S == 1:
+        return values.draw_sd, np.inf  # the training seed's part is unknown; the verdict says so
+    own = values.value.var(0, ddof=1)
+    shrunk = (PRIOR_DEGREES * np.nanmedian(own) + (S - 1) * own) / (PRIOR_DEGREES + S - 1)
+    return np.sqrt(shrunk / S + values.draw_sd**2), PRIOR_DEGREES + S - 1

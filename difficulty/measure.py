@@ -1,0 +1,279 @@
+"""The measurement of task difficulty from data to ranking: experts, relative entropy, and the folder they are kept in.
+
+A measurement folder holds run.json, process.csv, losses.csv and convergence.csv (experts), relative_entropy.csv
+(marginals), ranking.json, and figures drawn from these files. ``rank_folder`` makes ranking.json again from the tables.
+"""
+
+__all__ = ["MEASURES", "Measurement", "measure", "rank_folder"]
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from difficulty.convergence import convergence_table, loss_table
+from difficulty.datasets import Dataset, load_dataset
+from difficulty.errors import InputError, choose
+from difficulty.experts import ExpertPlan, train_experts
+from difficulty.process import Process, from_arrays, get_process
+from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.records import (
+    check_columns,
+    finish_run,
+    fingerprint_array,
+    read_json,
+    read_run,
+    read_table,
+    start_run,
+    write_table,
+)
+from difficulty.relative_entropy import kl
+from difficulty.tasks import Task, make_tasks
+
+PARTIAL_EXPERTS = "experts.partial.safetensors"
+# Progress of a stage by name: called with (stage, done, in all).
+StageProgress = Callable[[str, int, int], None]
+
+# How the columns of relative_entropy.csv become measures of a task; the value of a task is the mean over its pairs.
+ENTROPY_MEASURES: Mapping[str, tuple[str, str, str]] = {
+    "relative_entropy": ("kl", "nats per step", "mean KL(p_{t-1} || p_t) over the task; depends on the schedule"),
+    "relative_entropy_per_dlogsnr2": ("per_dlogsnr2", "nats per (d log-SNR)^2", "the same, free of the step length"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a measurement found; the tables are those of the CSV files of the same names."""
+
+    process: Process
+    tasks: list[Task]
+    ranking: Ranking
+    losses: pd.DataFrame | None
+    convergence: pd.DataFrame | None
+    relative_entropy: pd.DataFrame | None
+
+
+def measure(
+    data: str | Path | Dataset,
+    process: str | Process = "vp-linear",
+    *,
+    out: Path,
+    tasks: int = 20,
+    grid: str = "t",
+    measures: Sequence[str] = ("convergence", "relative-entropy"),
+    plan: ExpertPlan | None = None,
+    estimator: str = "auto",
+    progress: StageProgress | None = None,
+) -> Measurement:
+    """Measure the difficulty of every denoising task and write a measurement folder.
+
+    Args:
+        data: see ``load_dataset``.
+        process: see ``get_process``.
+        out: folder to write; an interrupted measurement with the same arguments goes on where it stopped.
+        tasks: number of tasks.
+        grid: a name in ``difficulty.tasks.GRIDS``.
+        measures: names in ``MEASURES``.
+        plan: how experts are trained.
+        estimator: of the relative entropy.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        InputError: if an argument cannot be used; nothing is written then.
+    """
+    plan = plan or ExpertPlan()
+    stages = [choose("measure", name, MEASURES) for name in dict.fromkeys(measures)]
+    if not stages:
+        raise InputError(f"no measure is asked for; known are {', '.join(MEASURES)}")
+    dataset, process = load_dataset(data), get_process(process)
+    cut = make_tasks(process, tasks, grid)
+    config = {
+        "data": dataset.name,
+        "process": process.name,
+        "tasks": tasks,
+        "grid": grid,
+        "measures": list(dict.fromkeys(measures)),
+        "plan": asdict(plan),
+        "estimator": estimator,
+        "dataset_fingerprint": dataset.fingerprint,
+        "process_fingerprint": process.fingerprint,
+    }
+    began = time.monotonic()
+    run = start_run(out, "measure", config)
+    t = np.arange(1, process.T + 1)
+    table = pd.DataFrame({"t": t, "alpha": process.alpha[1:], "sigma": process.sigma[1:], "log_snr": process.log_snr(t)})
+    write_table(out / "process.csv", table)
+    request = _Request(dataset, process, cut, plan, estimator, out, progress)
+    for stage in stages:
+        stage(request)
+    ranking = _rank(out, run)
+    (out / PARTIAL_EXPERTS).unlink(missing_ok=True)
+    finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
+    tables = (_optional(out / f"{name}.csv") for name in ("losses", "convergence", "relative_entropy"))
+    return Measurement(process, cut, ranking, *tables)
+
+
+def rank_folder(folder: Path) -> Ranking:
+    """Make ranking.json of a finished measurement again from its tables, and return it.
+
+    Raises:
+        InputError: if the folder is incomplete or a table is not readable.
+    """
+    return _rank(folder, read_run(folder, "measure"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    dataset: Dataset
+    process: Process
+    tasks: list[Task]
+    plan: ExpertPlan
+    estimator: str
+    out: Path
+    progress: StageProgress | None
+
+    def report(self, stage: str) -> Callable[[int, int], None] | None:
+        """The progress callback of one stage."""
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+def _measure_convergence(request: _Request) -> None:
+    plan = request.plan
+    curves = train_experts(
+        request.dataset,
+        request.process,
+        request.tasks,
+        plan,
+        resume_from=request.out / PARTIAL_EXPERTS,
+        progress=request.report("experts"),
+    )
+    losses = loss_table(curves, plan.seeds, plan.batch)
+    write_table(request.out / "losses.csv", losses)
+    write_table(request.out / "convergence.csv", convergence_table(losses, plan.budget))
+
+
+def _measure_relative_entropy(request: _Request) -> None:
+    table = kl(
+        request.dataset, request.process, estimator=request.estimator, progress=request.report("relative entropy")
+    )
+    write_table(request.out / "relative_entropy.csv", table)
+
+
+MEASURES: Mapping[str, Callable[[_Request], None]] = {
+    "convergence": _measure_convergence,
+    "relative-entropy": _measure_relative_entropy,
+}
+
+
+def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
+    config = run["config"]
+    scales = read_table(folder / "process.csv", ["t", "alpha", "sigma"])
+    process = from_arrays(scales["alpha"].to_numpy(), scales["sigma"].to_numpy(), config["process"])
+    process.check_fingerprint(config["process_fingerprint"], f"{folder / 'process.csv'}")
+    tasks = make_tasks(process, config["tasks"], config["grid"])
+    estimates: dict[str, Estimate] = {}
+    sources: dict[str, str] = {}
+    notes = []
+    if "convergence" in config["measures"]:
+        table = read_table(folder / "convergence.csv")
+        estimates |= convergence_estimates(table, len(tasks))
+        sources["convergence.csv"] = _digest(folder / "convergence.csv")
+        if len(config["plan"]["seeds"]) == 1:
+            notes.append("Only one seed was trained: the intervals do not include the randomness of training.")
+    if "relative-entropy" in config["measures"]:
+        table = read_table(folder / "relative_entropy.csv")
+        estimates |= relative_entropy_estimates(table, tasks)
+        sources["relative_entropy.csv"] = _digest(folder / "relative_entropy.csv")
+    ranking = rank_tasks(
+        estimates,
+        tasks,
+        process,
+        dataset=config["dataset_fingerprint"],
+        grid=config["grid"],
+        provenance={"kind": "experts", "plan": config["plan"], "estimator": config["estimator"], "sha256": sources},
+        notes=notes,
+    )
+    ranking = ranking.model_copy(update={"process": config["process_fingerprint"]})
+    ranking.save(folder / "ranking.json")
+    return ranking
+
+
+def convergence_estimates(table: pd.DataFrame, tasks: int) -> dict[str, Estimate]:
+    """The definitions of convergence.csv as estimates of task difficulty.
+
+    Raises:
+        InputError: if a column is missing or a definition does not have one row per task.
+    """
+    columns = ["task", "definition", "value", "ci_low", "ci_high", "scale", "censored", "unit"]
+    check_columns(table, columns, "convergence.csv")
+    estimates = {}
+    for name, part in table.groupby("definition", sort=False):
+        part = part.sort_values("task")
+        if part["task"].tolist() != list(range(tasks)):
+            raise InputError(f"convergence.csv does not have one row per task for {name!r}; measure again")
+        estimates[str(name)] = Estimate(
+            unit=str(part["unit"].iloc[0]),
+            value=part["value"].to_numpy(dtype=np.float64),
+            ci_low=part["ci_low"].to_numpy(dtype=np.float64),
+            ci_high=part["ci_high"].to_numpy(dtype=np.float64),
+            log=part["scale"].iloc[0] == "log",
+            flagged=part["censored"].to_numpy(dtype=bool),
+            hardest_if_missing=True,
+        )
+    return estimates
+
+
+def relative_entropy_estimates(table: pd.DataFrame, tasks: Sequence[Task]) -> dict[str, Estimate]:
+    """Mean over the valid pairs of each task, with its interval; a task with no valid pair has no value.
+
+    The errors of neighbouring pairs come from the same fit and are taken as fully correlated: the interval of the mean
+    is the mean of the intervals, which is the widest it can be.
+    """
+    check_columns(table, ["t", "kl", "ci_low", "ci_high", "valid", "per_dlogsnr2"], "relative_entropy.csv")
+    table = table[table["valid"].astype(bool)]
+    # d log-SNR squared of a pair, to carry the interval of kl over to kl per (d log-SNR)^2.
+    step = table["kl"] / table["per_dlogsnr2"]
+    estimates = {}
+    for name, (column, unit, note) in ENTROPY_MEASURES.items():
+        scale = 1.0 if column == "kl" else step
+        rows = pd.DataFrame(
+            {
+                "t": table["t"],
+                "value": table[column],
+                "ci_low": table["ci_low"] / scale,
+                "ci_high": table["ci_high"] / scale,
+            }
+        )
+        means = np.full((3, len(tasks)), np.nan)
+        share = np.zeros(len(tasks))
+        for task in tasks:
+            # The pair named t = 1 is (0, 1), which is never measured.
+            pairs = task.last - max(task.first, 2) + 1
+            inside = rows[(rows["t"] >= task.first) & (rows["t"] <= task.last)]
+            if len(inside):
+                means[:, task.index] = inside[["value", "ci_low", "ci_high"]].mean().to_numpy()
+                share[task.index] = len(inside) / max(pairs, 1)
+        estimates[name] = Estimate(
+            unit=unit,
+            value=means[0],
+            ci_low=means[1],
+            ci_high=means[2],
+            log=True,
+            flagged=share < 0.5,
+            hardest_if_missing=False,
+            note=note + "; flagged where fewer than half of a task's pairs are valid",
+        )
+    return estimates
+
+
+def _digest(path: Path) -> str:
+    return fingerprint_array(np.frombuffer(path.read_bytes(), dtype=np.uint8))["sha256"]
+
+
+def _optional(path: Path) -> pd.DataFrame | None:
+    return read_table(path) if path.exists() else None

@@ -1,0 +1,219 @@
+"""Figures of a measurement, drawn from its files only.
+
+The horizontal axis is log-SNR everywhere, clean data on the left and noise on the right (log-SNR falls to the right),
+with the timestep t on the opposite edge. Colours are Okabe and Ito's, told apart by colour-blind readers; series also
+differ in marker. Every estimate carries its 90 % interval; hollow markers are flagged (censored or not valid).
+"""
+
+__all__ = ["FIGURES", "PALETTE", "add_t_axis", "plot_folder", "save_figure"]
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from difficulty.process import Array
+from difficulty.ranking import MeasureRanking, Ranking
+from difficulty.records import read_run, read_table, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PAGE_WIDTH = 7.2  # inches
+LOG_SNR_LABEL = "log-SNR  (clean data left, noise right)"
+
+
+def save_figure(figure: "Figure", folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG, atomically, and close it."""
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for suffix in ("png", "svg"):
+        buffer = io.BytesIO()
+        # A fixed date and hash salt make the same figure the same file.
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        with plt.rc_context({"svg.hashsalt": name}):
+            figure.savefig(buffer, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
+        paths.append(folder / f"{name}.{suffix}")
+        write_bytes(paths[-1], buffer.getvalue())
+    plt.close(figure)
+    return paths
+
+
+def add_t_axis(axes: "Axes", t: Array, log_snr: Array, ticks: int = 7) -> None:
+    """Point log-SNR to the right as noise grows and mark t on the upper edge.
+
+    Args:
+        axes: with log-SNR on its horizontal axis.
+        t, log_snr: finite points of the process, any number.
+    """
+    axes.set_xlim(float(np.max(log_snr)) + 0.3, float(np.min(log_snr)) - 0.3)
+    upper = axes.twiny()
+    upper.set_xlim(axes.get_xlim())
+    chosen = np.unique(np.searchsorted(-log_snr, np.linspace(-log_snr.max(), -log_snr.min(), ticks)).clip(0, len(t) - 1))
+    upper.set_xticks(log_snr[chosen], [f"{t[i]:.0f}" for i in chosen])
+    upper.set_xlabel("timestep t")
+    upper.grid(False)
+
+
+def _middles(ranking: Ranking) -> tuple[Array, Array]:
+    """Log-SNR and t at the middle of every task; a task that ends at -inf is drawn one unit below its upper end."""
+    high = np.array([task.log_snr_high for task in ranking.tasks])
+    low = np.array([task.log_snr_high - 2 if task.log_snr_low is None else task.log_snr_low for task in ranking.tasks])
+    t = np.array([0.5 * (task.t_first + task.t_last) for task in ranking.tasks])
+    return 0.5 * (high + low), t
+
+
+def difficulty_figure(folder: Path) -> "Figure":
+    """Difficulty of every task by every measure, one panel each."""
+    import matplotlib.pyplot as plt
+
+    ranking = Ranking.load(folder)
+    x, t = _middles(ranking)
+    count = len(ranking.measures)
+    figure, panels = plt.subplots(
+        count, 1, figsize=(PAGE_WIDTH, 1.0 + 1.7 * count), sharex=True, squeeze=False, layout="constrained"
+    )
+    for index, (axes, (name, measure)) in enumerate(zip(panels[:, 0], ranking.measures.items(), strict=True)):
+        _series(axes, x, measure, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+        label = f"{name}\n[{measure.unit}]"
+        axes.text(0.99, 0.94, label, transform=axes.transAxes, ha="right", va="top", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("harder →", fontsize=8)
+    add_t_axis(panels[0, 0], t, x)
+    for axes in panels[1:, 0]:
+        axes.set_xlim(panels[0, 0].get_xlim())
+    panels[-1, 0].set_xlabel(LOG_SNR_LABEL)
+    return figure
+
+
+def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker: str) -> None:
+    value, low, high = (np.array(v, dtype=np.float64) for v in (measure.value, measure.ci_low, measure.ci_high))
+    flagged = np.array(measure.flagged)
+    if np.nanmin(low) > 0:
+        axes.set_yscale("log")
+    axes.plot(x, value, color=colour, linewidth=1, alpha=0.5)
+    errors = np.abs(np.stack([value - low, high - value]))
+    for rows, face in ((~flagged, colour), (flagged, "white")):
+        axes.errorbar(
+            x[rows], value[rows], yerr=errors[:, rows], fmt=marker, color=colour, markerfacecolor=face,
+            markersize=5, capsize=2, linewidth=1,
+        )  # fmt: skip
+
+
+def rank_figure(folder: Path) -> "Figure":
+    """Rank of every task by every measure with its interval: where two measures part, and which ranks are sure."""
+    import matplotlib.pyplot as plt
+
+    ranking = Ranking.load(folder)
+    log_snr, t = _middles(ranking)
+    count = len(ranking.measures)
+    figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
+    # One slot per task, so that the measures stand side by side; tasks run from clean to noisy like every axis here.
+    slot = np.arange(len(t), dtype=np.float64)
+    for index, (name, measure) in enumerate(ranking.measures.items()):
+        rank, low, high = (np.array(v, dtype=np.float64) for v in (measure.rank, measure.rank_low, measure.rank_high))
+        shift = 0.64 * (index / max(count - 1, 1) - 0.5)
+        axes.errorbar(
+            slot + shift, rank, yerr=np.abs(np.stack([rank - low, high - rank])), fmt=MARKERS[index % len(MARKERS)],
+            color=PALETTE[index % len(PALETTE)], markersize=4, capsize=2, linewidth=1, label=name,
+        )  # fmt: skip
+    shown = slot[:: max(1, len(slot) // 10)].astype(int)
+    axes.set_xticks(shown, [f"{log_snr[i]:.1f}" for i in shown])
+    upper = axes.secondary_xaxis("top")
+    upper.set_xticks(shown, [f"{t[i]:.0f}" for i in shown])
+    upper.set_xlabel("timestep t in the middle of the task")
+    for edge in slot[1:] - 0.5:
+        axes.axvline(edge, color="0.9", linewidth=0.6, zorder=0)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("rank  (1 = easiest, top = hardest)")
+    axes.set_xlabel("one slot per task, labelled by its log-SNR  (clean data left, noise right)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    return figure
+
+
+def learning_figure(folder: Path) -> "Figure":
+    """Excess over the floor against iterations, one line per task; bands span the seeds."""
+    import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    ranking = Ranking.load(folder)
+    x, _ = _middles(ranking)
+    losses = read_table(folder / "losses.csv", ["task", "seed", "iteration", "excess_nats", "floor_kind"])
+    budget = read_run(folder, "measure")["config"]["plan"]["budget"]
+    figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.0), layout="constrained")
+    colours = ScalarMappable(Normalize(x.min(), x.max()), "cividis")
+    positive = losses[(losses["iteration"] > 0) & (losses["excess_nats"] > 0)]
+    for task, part in positive.groupby("task"):
+        spread = part.groupby("iteration")["excess_nats"].agg(["mean", "min", "max"])
+        colour = colours.to_rgba(x[int(task)])
+        axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
+        axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0)
+    axes.axvline(budget, color="0.3", linestyle="--", linewidth=1)
+    axes.annotate("budget", (budget, 0.98), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=8,
+                  rotation=90)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("iterations of each expert")
+    kind = "Bayes loss" if (losses["floor_kind"] == "exact").all() else "best known loss"
+    axes.set_ylabel(f"excess over the {kind}\n[nats per unit log-SNR]")
+    axes.grid(alpha=0.3)
+    figure.colorbar(colours, ax=axes, label="log-SNR of the task (high = clean)")
+    return figure
+
+
+def relative_entropy_figure(folder: Path) -> "Figure":
+    """KL between consecutive marginals against log-SNR, per step and per (d log-SNR)^2, with intervals."""
+    import matplotlib.pyplot as plt
+
+    table = read_table(folder / "relative_entropy.csv", ["t", "log_snr", "kl", "ci_low", "ci_high", "per_dlogsnr2", "valid"])
+    table = table[np.isfinite(table["log_snr"])].sort_values("t")
+    figure, panels = plt.subplots(2, 1, figsize=(PAGE_WIDTH, 5.2), sharex=True, layout="constrained")
+    step = table["kl"] / table["per_dlogsnr2"]
+    titles = ("per step: KL(p_{t-1} || p_t)   [nats]", "per (d log-SNR)²: free of the step length   [nats]")
+    for axes, scale, title, colour in zip(panels, (1.0, step), titles, PALETTE, strict=False):
+        curves = pd.DataFrame({name: table[name] / scale for name in ("kl", "ci_low", "ci_high")})
+        valid = table["valid"].astype(bool).to_numpy()
+        shown = curves[valid].reindex(curves.index)
+        axes.plot(table["log_snr"], shown["kl"], color=colour, linewidth=1.4, label="valid")
+        axes.fill_between(table["log_snr"], shown["ci_low"], shown["ci_high"], color=colour, alpha=0.25, linewidth=0)
+        if not valid.all():
+            axes.plot(table["log_snr"], curves["kl"].where(~valid), color="0.6", linestyle=":", label="not valid")
+            axes.legend(fontsize=8, frameon=False)
+        axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.grid(alpha=0.3)
+    add_t_axis(panels[0], table["t"].to_numpy(), table["log_snr"].to_numpy())
+    panels[1].set_xlim(panels[0].get_xlim())
+    panels[1].set_xlabel(LOG_SNR_LABEL)
+    return figure
+
+
+FIGURES: Mapping[str, tuple[Callable[[Path], "Figure"], str]] = {
+    "difficulty": (difficulty_figure, "ranking.json"),
+    "ranks": (rank_figure, "ranking.json"),
+    "learning_curves": (learning_figure, "losses.csv"),
+    "relative_entropy": (relative_entropy_figure, "relative_entropy.csv"),
+}
+
+
+def plot_folder(folder: Path) -> list[Path]:
+    """Draw every figure whose table a finished measurement holds, into its ``figures/``; returns the files.
+
+    Raises:
+        InputError: if the folder is not a finished measurement.
+    """
+    read_run(folder, "measure")
+    written = []
+    for name, (draw, source) in FIGURES.items():
+        if (folder / source).exists():
+            written += save_figure(draw(folder), folder / "figures", name)
+    return written
