@@ -1,0 +1,317 @@
+"""curriculum.json: which denoising tasks are trained, in which order, and when the next ones join.
+
+A curriculum holds tasks (intervals of t with their boundaries as t, u, sigma and log-SNR), clusters of tasks in
+training order, a base density of t, and a pacing rule. Stage n trains on the first n clusters together
+(``accumulate``) or on the n-th alone; after the last stage training is on all t. Under every stage t follows the base
+density restricted to the timesteps of the stage. The file states the process by its fingerprint and is refused for any
+other.
+
+Reading the file needs no code of this project; its fields are described by ``curriculum.schema.json`` beside this
+module, which is generated from the models below, and in docs/curriculum-json.md.
+"""
+
+__all__ = ["CURRICULUM_FORMAT", "Cluster", "Curriculum", "DensityField", "PacingField", "make_curriculum"]
+
+import hashlib
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from difficulty.errors import InputError, choose
+from difficulty.process import PROCESSES, Array, Process, get_process
+from difficulty.ranking import Ranking, RankingTask
+from difficulty.records import read_json, write_json
+from difficulty.tasks import Task
+from training.clusters import INTERVAL_METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
+from training.density import density, from_task_masses, task_masses
+from training.pacing import check_pacing
+
+CURRICULUM_FORMAT: Literal["denoising-difficulty/curriculum/1"] = "denoising-difficulty/curriculum/1"
+# Measures in the order in which one is chosen if none is named: what survived the comparison of definitions first.
+PREFERRED_MEASURES = ("excess_nats", "log_regret", "relative_entropy", "paper_style")
+NOISE = "noise-level"  # the pseudo-measure under which noisier is easier, as the paper assumes
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cluster(_Record):
+    """Tasks that are trained together."""
+
+    tasks: list[int] = Field(min_length=1, description="Indices into the list of tasks.")
+    difficulty: float | None = Field(None, description="Mean value of the measure over the tasks, None if unmeasured.")
+
+
+class PacingField(_Record):
+    """The rule that ends a stage, by name, with its options."""
+
+    rule: str = Field(description="fraction, patience, patience-smoothed, patience-kept or held-out.")
+    options: dict[str, float | int | bool] = Field(default_factory=dict, description="Options of the rule.")
+
+
+class DensityField(_Record):
+    """Base density of t."""
+
+    name: str = Field(description="A density by name, or 'table': the masses below, t uniform within a task.")
+    task_mass: list[float] = Field(description="Probability of each task under the density; sums to 1.")
+
+
+class Curriculum(_Record):
+    """Content of curriculum.json."""
+
+    format: Literal["denoising-difficulty/curriculum/1"] = CURRICULUM_FORMAT
+    process: dict[str, Any] = Field(description="Fingerprint of the forward process, with the direction of t.")
+    tasks: list[RankingTask] = Field(min_length=1, description="Intervals of t without gap or overlap, cleanest first.")
+    clusters: list[Cluster] = Field(min_length=1, description="In training order; every task is in exactly one.")
+    accumulate: bool = Field(True, description="Whether a stage keeps the clusters of the stages before it.")
+    pacing: PacingField
+    density: DensityField
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Where the order comes from.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Curriculum":
+        T = self.process.get("T")
+        if not isinstance(T, int) or isinstance(T, bool) or T < 2:
+            raise ValueError("the process fingerprint must state T, a whole number of at least 2")
+        expected = 1
+        for index, task in enumerate(self.tasks):
+            if task.index != index:
+                raise ValueError(f"task number {index} has index {task.index}; tasks are numbered from 0")
+            if task.t_first < expected:
+                raise ValueError(f"task {index} overlaps the one before it at t = {task.t_first}")
+            if task.t_first > expected:
+                raise ValueError(f"t = {expected}..{task.t_first - 1} belongs to no task and would never be trained")
+            if task.t_last < task.t_first:
+                raise ValueError(f"task {index} ends (t = {task.t_last}) before it begins (t = {task.t_first})")
+            expected = task.t_last + 1
+        if expected != T + 1:
+            raise ValueError(f"the tasks end at t = {expected - 1}, but the process has T = {T}")
+        held = [task for cluster in self.clusters for task in cluster.tasks]
+        unknown = sorted(set(held) - set(range(len(self.tasks))))
+        if unknown:
+            raise ValueError(f"a cluster names task {unknown[0]}, which does not exist")
+        if len(set(held)) != len(held):
+            raise ValueError("a task is in more than one cluster")
+        if len(held) != len(self.tasks):
+            missing = sorted(set(range(len(self.tasks))) - set(held))
+            raise ValueError(f"task {missing[0]} is in no cluster and would never be trained before the last stage")
+        mass = self.density.task_mass
+        if len(mass) != len(self.tasks) or min(mass) < 0 or abs(sum(mass) - 1) > 1e-6:
+            raise ValueError("density.task_mass must hold one non-negative number per task with sum 1")
+        check_pacing(self.pacing.rule, self.pacing.options)
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Curriculum":
+        """Read curriculum.json.
+
+        Raises:
+            InputError: if it is missing, foreign, truncated, of another version or inconsistent.
+        """
+        path = Path(path)
+        content = read_json(path)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != CURRICULUM_FORMAT:
+            what = f"has format {found!r}" if found else "states no format"
+            raise InputError(f"{path} {what}; this version reads {CURRICULUM_FORMAT!r}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise InputError(f"{path} is not a valid curriculum: {_first_reason(error)}") from None
+
+    def save(self, path: Path | str) -> None:
+        """Write curriculum.json atomically."""
+        write_json(Path(path), self.model_dump())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content, independent of the file's layout."""
+        return _sha256(self.model_dump())
+
+    def validate_for(self, process: Process, source: str = "the curriculum") -> None:
+        """Refuse to be used with another process, and check what the file says about log-SNR.
+
+        Raises:
+            InputError: if T, the direction of t, the noise levels, a task's log-SNR or the density's masses differ.
+        """
+        process.check_fingerprint(self.process, source)
+        for task in self.tasks:
+            true = float(process.log_snr(task.t_first))
+            if abs(task.log_snr_high - true) > 1e-3 * max(1.0, abs(true)):
+                raise InputError(
+                    f"{source}: task {task.index} begins at t = {task.t_first}, where log-SNR is {true:.4g}, "
+                    f"but it says {task.log_snr_high:.4g}; change both or neither"
+                )
+        if self.density.name != "table":
+            mass = task_masses(density(self.density.name, process), self.tasks)
+            if not np.allclose(mass, self.density.task_mass, atol=1e-6):
+                raise InputError(
+                    f"{source}: density.task_mass is not that of density {self.density.name!r}; "
+                    "name the density 'table' to use the masses as they stand"
+                )
+
+    def base_density(self, process: Process) -> Array:
+        """Probability of each t before any stage narrows it, shape (T+1,)."""
+        if self.density.name == "table":
+            return from_task_masses(self.density.task_mass, self.tasks)
+        return density(self.density.name, process)
+
+    def stages(self) -> list[list[int]]:
+        """Tasks of every stage in turn; the last stage holds all of them."""
+        held = [cluster.tasks for cluster in self.clusters]
+        if self.accumulate:
+            return [sorted(chain(*held[: n + 1])) for n in range(len(held))]
+        every = list(range(len(self.tasks)))
+        return [sorted(tasks) for tasks in held] + ([every] if len(held) > 1 else [])
+
+    def with_clusters(self, clusters: list[Cluster], **changes: Any) -> "Curriculum":
+        """The same curriculum with other clusters (or another order of them) and other top-level fields."""
+        content = self.model_dump() | {"clusters": [cluster.model_dump() for cluster in clusters]} | changes
+        return Curriculum.model_validate(content)
+
+    def process_by_name(self) -> Process:
+        """The process that the fingerprint names, if it is one of the project's own; see ``known_process``."""
+        return known_process(self.process, "the curriculum")
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _first_reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason}" if where else reason
+
+
+def known_process(fingerprint: dict[str, Any], source: str) -> Process:
+    """The process that a fingerprint names.
+
+    Raises:
+        InputError: if the name is none of the project's or stands for other noise levels; then it must be given.
+    """
+    name = str(fingerprint.get("name"))
+    if name not in PROCESSES:
+        raise InputError(f"{source} was made for process {name!r}, which is not built in; give the process itself")
+    process = get_process(f"{name}:T={fingerprint.get('T')}")
+    process.check_fingerprint(fingerprint, source)
+    return process
+
+
+def pick_measure(ranking: Ranking, measure: str | None) -> str:
+    """The named measure, or the preferred one among those of the ranking.
+
+    Raises:
+        InputError: if the ranking does not hold it.
+    """
+    if measure is None:
+        return next((name for name in PREFERRED_MEASURES if name in ranking.measures), next(iter(ranking.measures)))
+    choose("measure of this ranking", measure, ranking.measures)
+    return measure
+
+
+def make_curriculum(
+    ranking: Ranking,
+    *,
+    method: str = "kmeans",
+    k: int = 5,
+    measure: str | None = None,
+    order: str = "easy-to-hard",
+    seed: int = 0,
+    accumulate: bool = True,
+    pacing: str = "fraction",
+    pacing_options: dict[str, float | int | bool] | None = None,
+    base_density: str = "uniform",
+    task_mass: list[float] | None = None,
+    process: Process | None = None,
+) -> Curriculum:
+    """A curriculum from a measured ranking.
+
+    Args:
+        ranking: content of ranking.json.
+        method: a name in ``training.clusters.METHODS`` or ``INTERVAL_METHODS``.
+        k: number of clusters.
+        measure: which measure of the ranking; ``noise-level`` orders by noise alone, noisiest first; None takes
+            the preferred one, except for interval methods, where it means ``noise-level`` as in the paper.
+        order: easy-to-hard, hard-to-easy or random.
+        seed: of the random order.
+        accumulate: whether clusters stay in training once they joined.
+        pacing, pacing_options: a rule in ``training.pacing.PACINGS`` and its options.
+        base_density: a density by name, or ``table`` together with ``task_mass``.
+        process: needed only where the ranking's process is none of the project's own.
+
+    Raises:
+        InputError: if a name is unknown, k does not fit, or the process is not that of the ranking.
+    """
+    if order not in ORDERS:
+        raise InputError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
+    if process is None:
+        process = known_process(ranking.process, "the ranking")
+    process.check_fingerprint(ranking.process, "the ranking")
+    tasks, groups, measure = _grouped(ranking, process, method, k, measure)
+    values = _values(ranking, tasks, measure)
+    groups = order_clusters(groups, order, seed)
+    mass = task_mass if base_density == "table" else task_masses(density(base_density, process), tasks).tolist()
+    if mass is None:
+        raise InputError("density 'table' needs the mass of each task")
+    try:
+        return Curriculum(
+            process=process.fingerprint,
+            tasks=tasks,
+            clusters=[Cluster(tasks=group, difficulty=_mean([values[i] for i in group])) for group in groups],
+            accumulate=accumulate,
+            pacing=PacingField(rule=pacing, options=pacing_options or {}),
+            density=DensityField(name=base_density, task_mass=mass),
+            provenance={
+                "ranking_sha256": _sha256(ranking.model_dump()),
+                "dataset": ranking.dataset,
+                "measure": measure,
+                "method": method,
+                "k": k,
+                "order": order,
+                "seed": seed if order == "random" else None,
+            },
+        )
+    except ValidationError as error:
+        raise InputError(f"no curriculum can be made: {_first_reason(error)}") from None
+
+
+def _grouped(
+    ranking: Ranking, process: Process, method: str, k: int, measure: str | None
+) -> tuple[list[RankingTask], list[list[int]], str]:
+    """Tasks, clusters of them from easiest to hardest, and the measure that decided."""
+    if method in INTERVAL_METHODS:
+        edges = interval_cuts(process, k, method)
+        high, low = process.log_snr(np.array(edges[:-1]) + 1), process.log_snr(edges[1:])
+        tasks = [
+            RankingTask.of(Task(i, edges[i] + 1, edges[i + 1], float(high[i]), float(low[i])), process)
+            for i in range(k)
+        ]
+        measure = NOISE if measure in (None, NOISE) else pick_measure(ranking, measure)
+        values = _values(ranking, tasks, measure)
+        sortable = [float("inf") if value is None else value for value in values]
+        return tasks, [[i] for i in sorted(range(k), key=sortable.__getitem__)], measure
+    measure = NOISE if measure == NOISE else pick_measure(ranking, measure)
+    return ranking.tasks, split_by_value(_values(ranking, ranking.tasks, measure), k, method), measure
+
+
+def _values(ranking: Ranking, tasks: list[RankingTask], measure: str) -> list[float | None]:
+    """Value of a measure for tasks that may be cut differently: the mean over their timesteps."""
+    if measure == NOISE:
+        return [task.log_snr_high for task in tasks]
+    per_t = np.full(ranking.tasks[-1].t_last + 1, np.nan)
+    for task, value in zip(ranking.tasks, ranking.measures[measure].value, strict=True):
+        per_t[task.t_first : task.t_last + 1] = np.nan if value is None else value
+    means = [per_t[task.t_first : task.t_last + 1] for task in tasks]
+    return [float(np.nanmean(part)) if np.isfinite(part).any() else None for part in means]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,222 @@
+"""Draws of t: a curriculum (or none) as an object that any training loop can ask.
+
+A uniform number u, given by (seed, step, rank) alone, is mapped through the inverse CDF of the current density of t:
+    t = min { t : F(t) > u },    F(t) = sum_{t' <= t} p(t').
+Two samplers with the same seed see the same u whatever their densities, which pairs the runs that are compared; two
+ranks see different u. The current density is the base density restricted to the tasks of the stage. One cluster of all
+tasks and no curriculum at all go through the same arithmetic and draw the same t.
+"""
+
+__all__ = ["StageRecord", "TimestepSampler"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.errors import InputError
+from difficulty.process import Array, Process
+from difficulty.randomness import uniform
+from training.curriculum import Curriculum
+from training.density import density, normalised
+from training.pacing import Fraction, Pacing, make_pacing
+
+STREAM = 3  # of the draws of u, beside those of `trainer.py`
+
+
+@dataclass
+class StageRecord:
+    """One stage of a run: iterations start..end-1, why it ended, and how many samples each t has had."""
+
+    stage: int
+    tasks: list[int]
+    start: int
+    end: int | None = None
+    reason: str = ""
+    samples_per_t: list[int] = field(default_factory=list)
+
+
+class TimestepSampler:
+    """Draws timesteps 1..T and says when the curriculum moves on.
+
+    Args:
+        process: gives T; must be the one the curriculum was made for.
+        curriculum: None trains on all t from the start.
+        budget: iterations of the run, for pacing rules that spend a share of it.
+        base_density: density by name where there is no curriculum, or to override the curriculum's; an array (T+1,)
+            of probabilities is taken as it is.
+        seed: names the stream of u.
+        stratified: spread the u of one step evenly over [0, 1), over all ranks together.
+        reweight: return weights that undo the base density, (1/T)/p[t], instead of ones.
+
+    Raises:
+        InputError: if the curriculum was made for another process.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        curriculum: Curriculum | None = None,
+        *,
+        budget: int,
+        base_density: str | Array | None = None,
+        seed: int = 0,
+        stratified: bool = False,
+        reweight: bool = False,
+    ) -> None:
+        if curriculum is not None:
+            curriculum.validate_for(process)
+        self.T, self.seed, self.stratified, self.curriculum = process.T, seed, stratified, curriculum
+        if base_density is None:
+            base_density = curriculum.base_density(process) if curriculum else "uniform"
+        self.base = density(base_density, process) if isinstance(base_density, str) else normalised(base_density)
+        if self.base.shape != (self.T + 1,) or self.base[0] != 0:
+            raise InputError(f"a density of t needs shape ({self.T + 1},) with 0 first, got {self.base.shape}")
+        stages = curriculum.stages() if curriculum else [[0]]
+        self.stage_masks = [self._mask(tasks) for tasks in stages]
+        self.pacing: Pacing = (
+            make_pacing(curriculum.pacing.rule, curriculum.pacing.options, len(stages), budget)
+            if curriculum
+            else Fraction(1, budget)
+        )
+        with np.errstate(divide="ignore"):
+            table = np.where(self.base > 0, 1 / (self.T * self.base), 0.0) if reweight else np.ones(self.T + 1)
+        self.weight_of_t = torch.as_tensor(table, dtype=torch.float32)
+        self.stage_tasks = stages
+        self.records: list[StageRecord] = []
+        self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
+        self._enter(0, 0)
+
+    @property
+    def stage(self) -> int:
+        """Number of the current stage, from 0."""
+        return self.records[-1].stage
+
+    @property
+    def stages(self) -> int:
+        """Number of stages; in the last one all t are trained."""
+        return len(self.stage_masks)
+
+    def sample(
+        self, batch: int, *, step: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps for one iteration.
+
+        Args:
+            batch: draws on this rank.
+            step: iteration, from 0; with gradient accumulation the number of the micro-step.
+            rank, world: this process and the number of processes.
+
+        Returns:
+            t, int64 in 1..T, and its weight in the loss, float32, each of shape (batch,).
+        """
+        self.advance(step)
+        u = uniform((batch,), self.seed, STREAM, step, rank).numpy()
+        if self.stratified:
+            u = (np.arange(batch) * world + rank + u) / (batch * world)
+        t = torch.from_numpy(np.searchsorted(self.cdf, u, side="right"))
+        self.counts += torch.bincount(t, minlength=self.T + 1)
+        return t.to(device), self.weight_of_t[t].to(device)
+
+    def advance(self, step: int) -> None:
+        """Go to the stage of iteration ``step``; ``sample`` does this by itself."""
+        while self.stage < self.stages - 1:
+            reason = self.pacing.due(self.stage, self.records[-1].start, step)
+            if reason is None:
+                return
+            self._leave(step, reason)
+            self._enter(self.stage + 1, step)
+
+    def update(self, loss: Tensor | float, t: Tensor | None = None) -> None:
+        """Report the batch loss of the iteration just sampled.
+
+        Args:
+            loss: mean over the batch, or one loss per sample; with several ranks the mean over all of them, so that
+                every rank moves on at the same iteration.
+            t: the timesteps, for loops that hand them over; the rules at hand do not read them.
+        """
+        # Reading a loss waits for the accelerator, so it is done only for rules that need it.
+        if self.pacing.wants_loss and self.stage < self.stages - 1:
+            self.pacing.observe(float(loss.detach().float().mean()) if isinstance(loss, Tensor) else float(loss))
+
+    @property
+    def heldout_every(self) -> int:
+        """Iterations between calls of ``update_heldout`` that the pacing rule wants now; 0 for none."""
+        return self.pacing.check_every if self.stage < self.stages - 1 else 0
+
+    def update_heldout(self, losses: Sequence[float]) -> None:
+        """Report losses on fixed draws of the current stage's timesteps (see ``active``)."""
+        self.pacing.observe_heldout(losses)
+
+    def active(self, t: Array) -> npt.NDArray[np.bool_]:
+        """Which timesteps belong to the current stage, a boolean array of the shape of t."""
+        return self.stage_masks[self.stage][t]
+
+    def probabilities(self) -> Array:
+        """Current density of t, shape (T+1,)."""
+        return np.diff(self.cdf, prepend=0.0)
+
+    def finish(self, step: int) -> None:
+        """Close the log at the end of a run of ``step`` iterations."""
+        self._leave(step, "end of the budget")
+
+    def log(self) -> list[StageRecord]:
+        """All stages so far; the current one has the counts so far."""
+        current = self.records[-1]
+        if current.end is None:
+            current.samples_per_t = self.counts.tolist()
+        return self.records
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, JSON only."""
+        return {
+            "seed": self.seed,
+            "records": [asdict(record) for record in self.log()],
+            "pacing": self.pacing.state_dict(),
+            "curriculum": self.curriculum.sha256 if self.curriculum else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            InputError: if the state belongs to another curriculum or seed.
+        """
+        own = self.curriculum.sha256 if self.curriculum else None
+        if state["curriculum"] != own or state["seed"] != self.seed:
+            raise InputError("the saved sampler belongs to another curriculum or seed; start a new run")
+        self.records = [StageRecord(**record) for record in state["records"]]
+        self.counts = torch.tensor(self.records[-1].samples_per_t, dtype=torch.int64)
+        self._set_density(self.stage)
+        self.pacing.load_state_dict(state["pacing"])
+
+    def _mask(self, tasks: Sequence[int]) -> npt.NDArray[np.bool_]:
+        mask = np.zeros(self.T + 1, dtype=bool)
+        if self.curriculum is None:
+            mask[1:] = True
+            return mask
+        for index in tasks:
+            task = self.curriculum.tasks[index]
+            mask[task.t_first : task.t_last + 1] = True
+        if not self.base[mask].sum() > 0:
+            raise InputError(f"the base density is zero on a whole stage (tasks {list(tasks)}); it would train nothing")
+        return mask
+
+    def _enter(self, stage: int, step: int) -> None:
+        self.records.append(StageRecord(stage, list(self.stage_tasks[stage]), step))
+        self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
+        self.pacing.begin_stage(stage)
+        self._set_density(stage)
+
+    def _leave(self, step: int, reason: str) -> None:
+        record = self.records[-1]
+        record.end, record.reason, record.samples_per_t = step, reason, self.counts.tolist()
+
+    def _set_density(self, stage: int) -> None:
+        cdf = np.cumsum(np.where(self.stage_masks[stage], self.base, 0.0))
+        # Divided by its own end, so that the end is exactly 1 and no u < 1 falls behind it.
+        self.cdf = cdf / cdf[-1]
