@@ -80,7 +80,7 @@ def measure(
         json: print ranking.json on standard output.
     """
     from difficulty.experts import ExpertPlan
-    from difficulty.measure import measure as run
+    from difficulty.measurement import measure as run
     from difficulty.plots import plot_folder
 
     plan = ExpertPlan(
@@ -114,7 +114,7 @@ def rank(folder: FolderArgument, /, json: bool = False) -> None:
         folder: of a finished measurement.
         json: print ranking.json on standard output.
     """
-    from difficulty.measure import rank_folder
+    from difficulty.measurement import rank_folder
 
     _print_ranking(rank_folder(folder).model_dump(), json)
 

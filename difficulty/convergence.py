@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import chi2
 from scipy.stats import t as student_t
 
 from difficulty.experts import ExpertCurves
@@ -238,5 +239,7 @@ def _standard_deviation(values: SeedValues) -> tuple[Array, float]:
     if S == 1:
         return values.draw_sd, np.inf  # the training seed's part is unknown; the verdict says so
     own = values.value.var(0, ddof=1)
-    shrunk = (PRIOR_DEGREES * np.nanmedian(own) + (S - 1) * own) / (PRIOR_DEGREES + S - 1)
+    # The median of a chi-squared variable lies below its mean, the more so the fewer seeds there are.
+    typical = np.nanmedian(own) * (S - 1) / chi2.median(S - 1)
+    shrunk = (PRIOR_DEGREES * typical + (S - 1) * own) / (PRIOR_DEGREES + S - 1)
     return np.sqrt(shrunk / S + values.draw_sd**2), PRIOR_DEGREES + S - 1

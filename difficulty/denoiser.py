@@ -1,8 +1,15 @@
 """A denoiser: a network, the process it denoises and what it predicts, joined in one module.
 
 The network sees its input at unit scale, x_t / sqrt(alpha^2 sd^2 + sigma^2) with sd the standard deviation of the data,
-and the log-SNR, whatever the process; its output is read as the prediction (`prediction.py`). Losses are squared
-errors summed over the D dimensions.
+and the log-SNR, whatever the process. With ``baseline`` its output is the difference to the best estimate that is a
+multiple of the input: for a prediction a x0 + b eps (`prediction.py`) and m = sd^2,
+
+    prediction = network + (a alpha m + b sigma) / (alpha^2 m + sigma^2) x_t.
+
+A hidden layer narrower than the data could not pass the noise through, and a task would look hard for a reason that is
+not the task's; the baseline passes it. EDM's skip connection is this baseline (Karras et al. 2022, eq. 7). Without it
+the output is the prediction itself, as in networks made elsewhere. Losses are squared errors summed over the D
+dimensions.
 """
 
 __all__ = ["Denoiser"]
@@ -11,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from difficulty.errors import InputError, choose
-from difficulty.prediction import PREDICTIONS, eps_loss_factor, from_x0_eps, to_eps, to_x0
+from difficulty.prediction import PREDICTIONS, coefficients, eps_loss_factor, from_x0_eps, to_eps, to_x0
 from difficulty.process import Process
 
 
@@ -22,7 +29,8 @@ class Denoiser(nn.Module):
         network: ``forward(x, log_snr)`` with x of shape (B, *) and log_snr (B,), returning the shape of x.
         process: gives alpha, sigma at t = 1..T.
         prediction: a name in ``PREDICTIONS``.
-        data_std: root mean square of the data about 0, for the input scale; positive.
+        data_std: root mean square of the data about 0, for the input scale and the baseline; positive.
+        baseline: whether the network predicts the difference to the best multiple of its input.
 
     Raises:
         InputError: if the prediction is unknown or data_std is not positive.
@@ -32,12 +40,15 @@ class Denoiser(nn.Module):
     sigma: Tensor
     log_snr: Tensor
 
-    def __init__(self, network: nn.Module, process: Process, prediction: str, data_std: float) -> None:
+    def __init__(
+        self, network: nn.Module, process: Process, prediction: str, data_std: float, *, baseline: bool = True
+    ) -> None:
         super().__init__()
         choose("prediction", prediction, PREDICTIONS)
         if not data_std > 0:
             raise InputError(f"data_std must be positive, got {data_std}; data that are all zero cannot be learned")
-        self.network, self.process, self.prediction, self.data_std = network, process, prediction, data_std
+        self.network, self.process, self.prediction = network, process, prediction
+        self.data_std, self.baseline = data_std, baseline
         # Tables indexed by t; the entry of t = 0 is never read. Built in float64 and stored in float32.
         log_snr = process.log_snr([*range(process.T + 1)])
         for name, table in (("alpha", process.alpha), ("sigma", process.sigma), ("log_snr", log_snr)):
@@ -49,15 +60,19 @@ class Denoiser(nn.Module):
         return self.alpha[t].reshape(shape), self.sigma[t].reshape(shape)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's prediction at noisy samples.
+        """The prediction at noisy samples.
 
         Args:
             x_t: shape (B, *).
             t: integer timesteps 1..T, shape (B,).
         """
         alpha, sigma = self.scales(t, x_t)
-        scale = ((alpha * self.data_std).square() + sigma.square()).rsqrt()
-        return self.network(x_t * scale, self.log_snr[t])
+        variance = (alpha * self.data_std).square() + sigma.square()
+        output = self.network(x_t * variance.rsqrt(), self.log_snr[t])
+        if not self.baseline:
+            return output
+        a, b = coefficients(self.prediction, alpha, sigma)
+        return output + (a * alpha * self.data_std**2 + b * sigma) / variance * x_t
 
     def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0, shape of x_t."""

@@ -1,9 +1,8 @@
 """Denoising networks: plain torch modules ``forward(x, log_snr) -> output`` of the shape of x.
 
 The noise level enters as log-SNR, never as t, so that one network serves every process. Siblings: an MLP for vectors
-and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 2023, arXiv 2212.09748). Each adds to its
-output a learned, noise-dependent multiple of its input: a hidden layer narrower than the data could not pass the noise
-through, and the task would look hard for a reason that is not the task's.
+and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 2023, arXiv 2212.09748). All start by
+predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
 """
 
 __all__ = ["DiT", "MLP", "NETWORKS", "UNet", "build_network"]
@@ -41,26 +40,6 @@ class NoiseEmbedding(nn.Module):
         return self.layers(torch.cat([angle.sin(), angle.cos()], -1))
 
 
-class InputGate(nn.Module):
-    """The learned multiple of the input that is added to the output, starting at 0: (B, width) -> (B, 1, ...).
-
-    Its weights all pull the same way, so a step of Adam moves the sum of them far; the factor keeps it from overshooting.
-    """
-
-    factor = 0.25
-
-    def __init__(self, width: int, sample_rank: int) -> None:
-        super().__init__()
-        self.sample_rank = sample_rank
-        self.gain = nn.Linear(width, 1)
-        nn.init.zeros_(self.gain.weight)
-        nn.init.zeros_(self.gain.bias)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        gain = self.factor * self.gain(embedding)
-        return gain.reshape(gain.shape[:1] + (1,) * self.sample_rank)
-
-
 class MLP(nn.Module):
     """Multilayer perceptron on the flattened sample.
 
@@ -74,7 +53,6 @@ class MLP(nn.Module):
         super().__init__()
         dim = math.prod(shape)
         self.embedding = NoiseEmbedding(width)
-        self.gate = InputGate(width, len(shape))
         self.first = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.last = nn.Linear(width, dim)
@@ -86,7 +64,7 @@ class MLP(nn.Module):
         h = F.silu(self.first(x.flatten(1)) + embedding)
         for layer in self.hidden:
             h = F.silu(layer(h))
-        return self.last(h).reshape(x.shape) + self.gate(embedding) * x
+        return self.last(h).reshape(x.shape)
 
 
 class ResidualBlock(nn.Module):
@@ -125,7 +103,6 @@ class UNet(nn.Module):
             raise InputError(f"a unet of {levels} levels needs sides divisible by {2 ** (levels - 1)}, got {shape}")
         widths = [width * 2**level for level in range(levels)]
         self.embedding = NoiseEmbedding(4 * width)
-        self.gate = InputGate(4 * width, 3)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList(
             ResidualBlock(widths[max(level - 1, 0)], widths[level], 4 * width) for level in range(levels)
@@ -150,7 +127,7 @@ class UNet(nn.Module):
         for level, block in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if level else h
             h = block(torch.cat([h, skips.pop()], 1), embedding)
-        return self.last(F.silu(self.norm(h))) + self.gate(embedding) * x
+        return self.last(F.silu(self.norm(h)))
 
 
 class DiTBlock(nn.Module):
@@ -202,7 +179,6 @@ class DiT(nn.Module):
             raise InputError(f"a dit of width {width} cannot be split over {heads} heads")
         self.patch = patch
         self.embedding = NoiseEmbedding(width)
-        self.gate = InputGate(width, 3)
         tokens = (height // patch) * (image_width // patch)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.first = nn.Linear(channels * patch**2, width)
@@ -223,8 +199,7 @@ class DiT(nn.Module):
             h = block(h, embedding)
         shift, scale = self.modulation(F.silu(embedding))[:, None].chunk(2, -1)
         patches = self.last(self.norm(h) * (1 + scale) + shift).transpose(1, 2)
-        output = F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)
-        return output + self.gate(embedding) * x
+        return F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)
 
 
 def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -158,7 +158,7 @@ def learning_figure(folder: Path) -> "Figure":
         axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
         axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0)
     axes.axvline(budget, color="0.3", linestyle="--", linewidth=1)
-    axes.annotate("budget", (budget, 0.98), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=8,
+    axes.annotate("budget", (budget, 0.02), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8,
                   rotation=90)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -11,7 +11,10 @@ so that the estimate of (x0, eps) follows from two equations: the output and x_t
     v         (-sigma, alpha)                            Salimans & Ho 2022, arXiv 2202.00512
     score     ( 0, -1/sigma )                            grad log p_t(x_t | x0)
     velocity  (-1, 1 )                                   dx_t/du of flow matching, Lipman et al. 2023
-    edm       ((1 - c_skip)/c_out, -c_skip s/c_out)      F of Karras et al. 2022, eq. 7, in y = x_t/alpha, s = sigma/alpha
+    edm       (sigma/(sd r), -sd alpha/r)                F of Karras et al. 2022, eq. 7, with r^2 = sigma^2 + sd^2 alpha^2
+
+EDM's F = (x0 - c_skip y)/c_out is written in y = x_t/alpha, s = sigma/alpha, with c_skip = sd^2/(s^2 + sd^2) and c_out =
+s sd/sqrt(s^2 + sd^2); multiplied out it is the form above, which stays finite where alpha = 0. v is the case sd = 1.
 
 The determinant a sigma - b alpha says where a prediction cannot be inverted: x0 from eps where alpha = 0, eps from x0
 where sigma = 0. The conversion then returns infinities or NaN rather than hide it.
@@ -53,10 +56,8 @@ def _velocity(alpha: Tensor, sigma: Tensor) -> Coefficients:
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    s = sigma / alpha
-    total = s.square() + EDM_SIGMA_DATA**2
-    c_skip, c_out = EDM_SIGMA_DATA**2 / total, s * EDM_SIGMA_DATA / total.sqrt()
-    return (1 - c_skip) / c_out, -c_skip * s / c_out
+    r = (sigma.square() + (EDM_SIGMA_DATA * alpha).square()).sqrt()
+    return sigma / (EDM_SIGMA_DATA * r), -EDM_SIGMA_DATA * alpha / r
 
 
 PREDICTIONS: Mapping[str, Callable[[Tensor, Tensor], Coefficients]] = {

@@ -130,7 +130,8 @@ class Process:
         points = np.unique(np.rint(np.linspace(1, self.T, FINGERPRINT_POINTS)).astype(int))
         angle = np.arctan2(self.sigma, self.alpha)
         # Rounded before hashing, so that the last bit of another platform's log does not make another process.
-        digest = hashlib.sha256(np.round(np.stack([angle, np.hypot(self.alpha, self.sigma)]), 9).tobytes()).hexdigest()
+        rounded = np.round(np.stack([angle, np.hypot(self.alpha, self.sigma)]), 9) + 0.0  # no negative zero
+        digest = hashlib.sha256(rounded.tobytes()).hexdigest()
         return {
             "name": self.name,
             "T": self.T,

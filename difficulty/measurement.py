@@ -61,7 +61,7 @@ def measure(
     data: str | Path | Dataset,
     process: str | Process = "vp-linear",
     *,
-    out: Path,
+    out: str | Path,
     tasks: int = 20,
     grid: str = "t",
     measures: Sequence[str] = ("convergence", "relative-entropy"),
@@ -85,7 +85,7 @@ def measure(
     Raises:
         InputError: if an argument cannot be used; nothing is written then.
     """
-    plan = plan or ExpertPlan()
+    plan, out = plan or ExpertPlan(), Path(out)
     stages = [choose("measure", name, MEASURES) for name in dict.fromkeys(measures)]
     if not stages:
         raise InputError(f"no measure is asked for; known are {', '.join(MEASURES)}")

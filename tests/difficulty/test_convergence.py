@@ -1,0 +1,140 @@
+"""Definitions of convergence on learning curves whose answers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from difficulty.convergence import convergence_table, loss_table
+from difficulty.errors import InputError
+from difficulty.experts import ExpertCurves, log_spaced_iterations
+
+BUDGET = 1000
+ITERATIONS = [0, *log_spaced_iterations(BUDGET, 60), 2 * BUDGET]
+FLOOR = 3.0
+
+
+def losses_of(curves, seeds=(0, 1, 2), noise=0.0):
+    """losses.csv of tasks whose excess over the floor is the given function of the iteration, in nats."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "task": task,
+            "seed": seed,
+            "iteration": iteration,
+            "samples": iteration * 8,
+            "heldout_loss": FLOOR + 2 * excess,
+            "floor": FLOOR,
+            "floor_kind": "exact",
+            "excess_nats": excess,
+            "excess_se": 1e-9,
+        }
+        for task, curve in enumerate(curves)
+        for seed in seeds
+        for factor in [np.exp(noise * rng.standard_normal())]
+        for iteration in ITERATIONS
+        for excess in [factor * curve(iteration)]
+    ]
+    return pd.DataFrame(rows)
+
+
+def value(table, definition, task=0, column="value"):
+    return table[(table["definition"] == definition) & (table["task"] == task)][column].item()
+
+
+def exponential(rate, height=1.0):
+    return lambda i: height * np.exp(-i / rate)
+
+
+def test_excess_is_half_the_loss_above_the_floor_at_the_budget_not_after_it():
+    table = convergence_table(losses_of([exponential(500)]), BUDGET)
+    np.testing.assert_allclose(value(table, "excess_nats"), np.exp(-BUDGET / 500), rtol=1e-6)
+
+
+def test_log_regret_is_the_mean_log_excess_over_log_spaced_iterations():
+    table = convergence_table(losses_of([exponential(500)]), BUDGET)
+    expected = -np.mean(log_spaced_iterations(BUDGET, 60)) / 500
+    np.testing.assert_allclose(value(table, "log_regret"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [20, 60, 150])
+def test_paper_style_iterations_of_an_exponential_are_its_time_constant_times_log_ten(rate):
+    table = convergence_table(losses_of([exponential(rate)]), BUDGET)
+    np.testing.assert_allclose(value(table, "paper_style"), rate * np.log(10), rtol=0.03)
+    assert not value(table, "paper_style", column="censored")
+
+
+def test_a_task_learned_twice_as_slowly_is_harder_by_every_definition():
+    table = convergence_table(losses_of([exponential(200), exponential(100)]), BUDGET)
+    for definition in ("excess_nats", "log_regret", "paper_style"):
+        assert value(table, definition, 0) > value(table, definition, 1)
+
+
+def test_scaling_the_loss_leaves_the_paper_style_rate_alone():
+    table = convergence_table(losses_of([exponential(100), exponential(100, 50.0)]), BUDGET)
+    np.testing.assert_allclose(value(table, "paper_style", 0), value(table, "paper_style", 1), rtol=1e-9)
+
+
+def test_a_diverged_expert_has_no_value_and_is_censored():
+    losses = losses_of([exponential(100), exponential(100)])
+    rows = (losses["task"] == 1) & (losses["seed"] == 2) & (losses["iteration"] > 100)
+    losses.loc[rows, ["heldout_loss", "excess_nats", "excess_se"]] = np.nan
+    table = convergence_table(losses, BUDGET)
+    for definition in ("excess_nats", "log_regret", "paper_style"):
+        assert np.isnan(value(table, definition, 1))
+        assert value(table, definition, 1, "censored")
+        assert not np.isnan(value(table, definition, 0))
+
+
+def test_a_stuck_expert_never_looks_fast():
+    stuck = lambda i: 1.0 - 0.005 * (i > 15)  # noqa: E731 - falls by half a percent at once and stays
+    table = convergence_table(losses_of([exponential(300), stuck]), BUDGET)
+    assert np.isnan(value(table, "paper_style", 1))
+    for definition in ("excess_nats", "log_regret", "paper_style"):
+        assert value(table, definition, 1, "censored")
+    assert value(table, "excess_nats", 1) > value(table, "excess_nats", 0)
+
+
+def test_more_seeds_narrow_the_interval():
+    def width(seeds):
+        table = convergence_table(losses_of([exponential(500)] * 20, range(seeds), noise=0.2), BUDGET)
+        part = table[table["definition"] == "excess_nats"]
+        return np.log(part["ci_high"] / part["ci_low"]).mean()
+
+    assert width(8) < 0.75 * width(4)
+    assert width(4) < 0.75 * width(2)
+
+
+def test_intervals_cover_the_truth_at_their_nominal_rate():
+    truth = np.exp(-BUDGET / 500)
+    table = convergence_table(losses_of([exponential(500)] * 300, range(3), noise=0.2), BUDGET)
+    part = table[table["definition"] == "excess_nats"]
+    covered = ((part["ci_low"] <= truth) & (truth <= part["ci_high"])).mean()
+    assert 0.85 < covered < 0.96
+
+
+def curves_of(losses, floor, excess=None):
+    return ExpertCurves(list(range(losses.shape[2])), losses.astype(np.float32), excess, floor, excess is not None)
+
+
+def test_the_best_known_floor_is_the_least_mean_loss_of_anyone_on_the_same_draws():
+    rng = np.random.default_rng(0)
+    losses = 5 + rng.random((2, 1, 3, 50))
+    losses[1, 0, 2] -= 2
+    table = loss_table(curves_of(losses, np.full((1, 50), 9.0)), seeds=(0, 1), batch=4)
+    np.testing.assert_allclose(table["floor"], losses[1, 0, 2].mean(), rtol=1e-6)
+    assert (table["floor_kind"] == "upper_bound").all()
+    assert table["excess_nats"].min() == 0
+    beaten = loss_table(curves_of(losses, np.full((1, 50), 1.0)), seeds=(0, 1), batch=4)
+    np.testing.assert_allclose(beaten["floor"], 1.0)
+
+
+def test_a_diverged_expert_is_no_floor():
+    losses = np.full((1, 1, 2, 10), 4.0)
+    losses[0, 0, 1] = np.nan
+    table = loss_table(curves_of(losses, np.full((1, 10), 9.0)), seeds=(0,), batch=4)
+    np.testing.assert_allclose(table["floor"], 4.0)
+
+
+def test_a_foreign_table_is_refused():
+    with pytest.raises(InputError, match=r"losses\.csv lacks the column\(s\) excess_nats, excess_se"):
+        convergence_table(losses_of([exponential(9)]).drop(columns=["excess_nats", "excess_se"]), BUDGET)
