@@ -239,7 +239,8 @@ def _standard_deviation(values: SeedValues) -> tuple[Array, float]:
     if S == 1:
         return values.draw_sd, np.inf  # the training seed's part is unknown; the verdict says so
     own = values.value.var(0, ddof=1)
+    known = own[np.isfinite(own)]
     # The median of a chi-squared variable lies below its mean, the more so the fewer seeds there are.
-    typical = np.nanmedian(own) * (S - 1) / chi2.median(S - 1)
+    typical = np.median(known) * (S - 1) / chi2.median(S - 1) if len(known) else np.nan
     shrunk = (PRIOR_DEGREES * typical + (S - 1) * own) / (PRIOR_DEGREES + S - 1)
     return np.sqrt(shrunk / S + values.draw_sd**2), PRIOR_DEGREES + S - 1

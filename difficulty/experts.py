@@ -13,7 +13,7 @@ Two engines give the same numbers to float tolerance: ``vmap`` stacks the parame
 batched program; ``loop`` runs one after the other, which is faster for convolutions and attention on a CPU.
 """
 
-__all__ = ["ENGINES", "ExpertCurves", "ExpertPlan", "log_spaced_iterations", "train_experts"]
+__all__ = ["ENGINES", "ExpertCurves", "ExpertPlan", "build_expert", "log_spaced_iterations", "train_experts"]
 
 import hashlib
 import json
@@ -231,12 +231,7 @@ def train_experts(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     E, K, S = len(tasks) * len(plan.seeds), len(tasks), len(plan.seeds)
-    data_std = float(dataset.train.double().square().mean().sqrt())
-    denoisers = []
-    for seed in plan.seeds:
-        for _ in tasks:
-            network = build_network(plan.network, dataset.shape, seed)
-            denoisers.append(Denoiser(network, process, plan.prediction, data_std).to(device))
+    denoisers = [build_expert(dataset, process, plan, seed).to(device) for seed in plan.seeds for _ in tasks]
     bank = ENGINES[choose_engine(plan)](denoisers)
     optimizer = torch.optim.AdamW(
         bank.parameters.values(), lr=plan.learning_rate, weight_decay=0.0, fused=True
@@ -273,6 +268,16 @@ def train_experts(
         floor,
         posterior is not None,
     )
+
+
+def build_expert(dataset: Dataset, process: Process, plan: ExpertPlan, seed: int) -> Denoiser:
+    """An untrained expert; all experts of a seed start alike.
+
+    Raises:
+        InputError: if the network or the prediction is unknown or does not fit the data.
+    """
+    data_std = float(dataset.train.double().square().mean().sqrt())
+    return Denoiser(build_network(plan.network, dataset.shape, seed), process, plan.prediction, data_std)
 
 
 def _training_draws(train: Tensor, plan: ExpertPlan, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import pandas as pd
 from difficulty.convergence import convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
-from difficulty.experts import ExpertPlan, train_experts
+from difficulty.experts import ExpertPlan, build_expert, train_experts
 from difficulty.process import Process, from_arrays, get_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
 from difficulty.records import (
@@ -31,7 +31,7 @@ from difficulty.records import (
     start_run,
     write_table,
 )
-from difficulty.relative_entropy import kl
+from difficulty.relative_entropy import ESTIMATORS, kl
 from difficulty.tasks import Task, make_tasks
 
 PARTIAL_EXPERTS = "experts.partial.safetensors"
@@ -91,6 +91,9 @@ def measure(
         raise InputError(f"no measure is asked for; known are {', '.join(MEASURES)}")
     dataset, process = load_dataset(data), get_process(process)
     cut = make_tasks(process, tasks, grid)
+    # Built once only to be refused here, before anything is written, if it does not fit.
+    build_expert(dataset, process, plan, plan.seeds[0])
+    choose("estimator", estimator, ESTIMATORS)
     config = {
         "data": dataset.name,
         "process": process.name,

@@ -96,7 +96,8 @@ def difficulty_figure(folder: Path) -> "Figure":
 def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker: str) -> None:
     value, low, high = (np.array(v, dtype=np.float64) for v in (measure.value, measure.ci_low, measure.ci_high))
     flagged = np.array(measure.flagged)
-    if np.nanmin(low) > 0:
+    known = low[np.isfinite(low)]
+    if len(known) and known.min() > 0:
         axes.set_yscale("log")
     axes.plot(x, value, color=colour, linewidth=1, alpha=0.5)
     errors = np.abs(np.stack([value - low, high - value]))

@@ -281,6 +281,19 @@ def _tau(first: Array, second: Array) -> Array:
         return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
 
 
+def _tau_with_interval(tau: float, drawn: Array) -> tuple[float, float, float]:
+    """tau, 0 where the estimates are all tied, and its interval from replicates; NaN where these are all tied too.
+
+    Noise in the replicates can only lower an agreement, so the estimate is made to belong to its own interval.
+    """
+    known = drawn[np.isfinite(drawn)]
+    if not len(known):
+        return np.nan, np.nan, np.nan
+    tau = tau if np.isfinite(tau) else 0.0
+    low, high = np.quantile(known, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
+    return tau, min(float(low), tau), max(float(high), tau)
+
+
 def _kendall(
     first: str, second: str, estimates: Mapping[str, Estimate], replicates: Mapping[str, Array]
 ) -> TauBetween:
@@ -289,11 +302,7 @@ def _kendall(
     if both.sum() < 3:
         return TauBetween(first=first, second=second, tau=None, ci_low=None, ci_high=None, tasks=int(both.sum()))
     drawn = _tau(replicates[first][:, both], replicates[second][:, both])
-    tails = np.nanquantile(drawn, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
-    tau, low, high = _floats(np.array([_tau(a[both], b[both]), *tails]))
-    if tau is not None and low is not None and high is not None:
-        # Noise in the replicates can only lower an agreement; the estimate belongs to its own interval.
-        low, high = min(low, tau), max(high, tau)
+    tau, low, high = _floats(np.array(_tau_with_interval(float(_tau(a[both], b[both])), drawn)))
     return TauBetween(first=first, second=second, tau=tau, ci_low=low, ci_high=high, tasks=int(both.sum()))
 
 
@@ -306,10 +315,9 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     order = ranked[np.argsort(centre[ranked], kind="stable")]
     apart = int(((replicates[:, order[1:]] > replicates[:, order[:-1]]).mean(0) >= TOLD_APART).sum())
     position = np.arange(len(ranked), dtype=np.float64)
-    drawn = _tau(replicates[:, ranked], -position)
-    low, high = np.nanquantile(drawn, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
-    tau = float(_tau(centre[ranked], -position))
-    low, high = min(low, tau), max(high, tau)
+    tau, low, high = _tau_with_interval(float(_tau(centre[ranked], -position)), _tau(replicates[:, ranked], -position))
+    if np.isnan(tau):
+        return f"{name}: no task was learned, so that none can be told from another; use a larger budget."
     hardest, easiest = tasks[order[-1]], tasks[order[0]]
     if low > 0:
         lower_is_harder = "holds in tendency" if hardest.index != ranked[0] or tau < 0.9 else "holds"

@@ -1,0 +1,154 @@
+"""The command line as a user meets it: results, refusals, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from difficulty.cli import SUBCOMMANDS
+from difficulty.commandline import run_cli
+from difficulty.records import read_json, write_json
+
+SMALL = ["--tasks", "4", "--budget", "20", "--batch", "16", "--seeds", "2", "--network", "mlp:width=16"]
+
+
+def run(*args):
+    return run_cli(SUBCOMMANDS, "difficulty", "", [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "with space" / "grid"
+    assert run("measure", "grid-2d:n=200", "--process", "vp-linear:T=50", "--out", folder, *SMALL) == 0
+    return folder
+
+
+def test_a_measurement_folder_holds_tables_ranking_and_figures(measured):
+    assert read_json(measured / "run.json")["status"] == "finished"
+    losses = pd.read_csv(measured / "losses.csv")
+    assert {"task", "seed", "iteration", "samples", "heldout_loss", "floor", "floor_kind"} <= set(losses.columns)
+    assert (losses["floor_kind"] == "exact").all()
+    convergence = pd.read_csv(measured / "convergence.csv")
+    assert {"task", "definition", "value", "ci_low", "ci_high", "censored"} <= set(convergence.columns)
+    entropy = pd.read_csv(measured / "relative_entropy.csv")
+    assert entropy["t"].tolist() == list(range(2, 51))
+    ranking = read_json(measured / "ranking.json")
+    assert set(ranking["measures"]) >= {"excess_nats", "log_regret", "paper_style", "relative_entropy"}
+    for figure in ("difficulty", "ranks", "learning_curves", "relative_entropy"):
+        assert (measured / "figures" / f"{figure}.png").stat().st_size > 5000
+        assert (measured / "figures" / f"{figure}.svg").exists()
+    assert not list(measured.glob("*.partial*"))
+    assert not list(measured.rglob("*.tmp"))
+
+
+def test_the_same_command_again_gives_the_same_files(measured):
+    names = ("losses.csv", "convergence.csv", "relative_entropy.csv", "ranking.json")
+    before = {name: (measured / name).read_bytes() for name in names}
+    assert run("measure", "grid-2d:n=200", "--process", "vp-linear:T=50", "--out", measured, *SMALL) == 0
+    assert {name: (measured / name).read_bytes() for name in names} == before
+
+
+def test_rank_makes_the_same_ranking_from_the_tables_and_prints_it(measured, capsys):
+    before = read_json(measured / "ranking.json")
+    (measured / "ranking.json").unlink()
+    assert run("rank", measured, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == before == read_json(measured / "ranking.json")
+
+
+def test_plot_draws_the_figures_again(measured, capsys):
+    (measured / "figures" / "ranks.png").unlink()
+    assert run("plot", measured) == 0
+    assert str(measured / "figures" / "ranks.png") in capsys.readouterr().out
+    assert (measured / "figures" / "ranks.png").exists()
+
+
+def test_one_measure_alone_is_enough(tmp_path):
+    common = ["grid-2d:n=200", "--process", "edm:T=50", *SMALL]
+    assert run("measure", *common, "--measures", "relative-entropy", "--out", tmp_path / "a") == 0
+    assert set(read_json(tmp_path / "a" / "ranking.json")["measures"]) >= {"relative_entropy"}
+    assert not (tmp_path / "a" / "losses.csv").exists()
+
+
+@pytest.mark.parametrize("command", ["datasets", "processes"])
+def test_lists_are_readable_by_people_and_machines(command, capsys):
+    assert run(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+    assert run(command, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) >= 5
+
+
+def refused(capsys, *args):
+    """The single sentence on stderr of a command that must end with exit code 2."""
+    assert run(*args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--process", "linear"], "known are vp-linear"),
+        (["--prediction", "noise"], "known are eps, x0, v"),
+        (["--network", "cnn"], "known are mlp, unet, dit"),
+        (["--network", "unet"], "needs images"),
+        (["--budget", "5"], "ends before the first checkpoints"),
+        (["--tasks", "2000"], "number of tasks"),
+        (["--seeds", "0"], "seeds must be"),
+        (["--estimator", "magic"], "known are"),
+    ],
+)
+def test_arguments_that_cannot_be_used_cost_one_sentence_and_leave_nothing_behind(tmp_path, capsys, change, message):
+    out = tmp_path / "out"
+    assert message in refused(capsys, "measure", "grid-2d:n=200", "--out", out, *SMALL, *change)
+    assert not (out / "run.json").exists()
+
+
+def test_data_that_cannot_be_used_cost_one_sentence(tmp_path, capsys):
+    np.save(tmp_path / "nan.npy", np.full((40, 2), np.nan))
+    assert "NaN" in refused(capsys, "measure", tmp_path / "nan.npy", "--out", tmp_path / "out", *SMALL)
+    np.save(tmp_path / "zero.npy", np.zeros((40, 2)))
+    assert "all zero" in refused(capsys, "measure", tmp_path / "zero.npy", "--out", tmp_path / "out", *SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_finished_measurement_are_refused(tmp_path, capsys, measured):
+    assert "is not a folder" in refused(capsys, "rank", tmp_path / "absent")
+    assert "no run.json" in refused(capsys, "plot", tmp_path)
+    run_json = read_json(measured / "run.json")
+    write_json(tmp_path / "run.json", run_json | {"status": "running"})
+    assert "incomplete" in refused(capsys, "rank", tmp_path)
+    write_json(tmp_path / "run.json", run_json | {"format": "denoising-difficulty/run/0"})
+    assert "this version reads" in refused(capsys, "rank", tmp_path)
+    write_json(tmp_path / "run.json", run_json)
+    assert "process.csv does not exist" in refused(capsys, "rank", tmp_path)
+
+
+def test_results_are_never_overwritten_by_another_measurement(capsys, measured):
+    before = (measured / "losses.csv").read_bytes()
+    message = refused(capsys, "measure", "ring-16d:n=200", "--process", "vp-linear:T=50", "--out", measured, *SMALL)
+    assert "finished run with other settings" in message
+    assert (measured / "losses.csv").read_bytes() == before
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("important")
+    assert "choose another" in refused(capsys, "measure", "grid-2d:n=200", "--out", tmp_path, *SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_importing_the_package_takes_no_plotting_library():
+    code = "import sys, difficulty; sys.exit(bool({'matplotlib', 'seaborn', 'diffusers', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", SUBCOMMANDS)
+def test_every_subcommand_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(command, "--help")
+    assert ended.value.code == 0
+    assert f"Example: difficulty {command}" in " ".join(capsys.readouterr().out.split())
