@@ -28,6 +28,7 @@ from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.randomness import stream
 from training.density import finite_log_snr
+from training.streams import ORDER
 
 LOG_SPAN = 10.0
 Clusters = list[list[int]]
@@ -174,6 +175,6 @@ def order_clusters(easiest_first: Clusters, order: str, seed: int = 0) -> Cluste
         InputError: if the order is unknown.
     """
     if order == "random":
-        return [easiest_first[i] for i in stream(seed, 0, 0, 0).permutation(len(easiest_first))]
+        return [easiest_first[i] for i in stream(seed, ORDER, 0, 0).permutation(len(easiest_first))]
     choose("order", order, dict.fromkeys(ORDERS, None))
     return easiest_first if order == "easy-to-hard" else easiest_first[::-1]

@@ -10,7 +10,16 @@ Reading the file needs no code of this project; its fields are described by ``cu
 module, which is generated from the models below, and in docs/curriculum-json.md.
 """
 
-__all__ = ["CURRICULUM_FORMAT", "Cluster", "Curriculum", "DensityField", "PacingField", "make_curriculum"]
+__all__ = [
+    "CURRICULUM_FORMAT",
+    "Cluster",
+    "Curriculum",
+    "DensityField",
+    "PacingField",
+    "interval_curriculum",
+    "known_process",
+    "make_curriculum",
+]
 
 import hashlib
 import json
@@ -256,7 +265,57 @@ def make_curriculum(
     process.check_fingerprint(ranking.process, "the ranking")
     tasks, groups, measure = _grouped(ranking, process, method, k, measure)
     values = _values(ranking, tasks, measure)
+    provenance = {
+        "ranking_sha256": _sha256(ranking.model_dump()),
+        "dataset": ranking.dataset,
+        "measure": measure,
+        "method": method,
+        "k": k,
+        "order": order,
+        "seed": seed if order == "random" else None,
+    }
     groups = order_clusters(groups, order, seed)
+    return _assemble(
+        process, tasks, groups, values, accumulate, pacing, pacing_options, base_density, task_mass, provenance
+    )
+
+
+def interval_curriculum(
+    process: Process,
+    *,
+    method: str = "log-snr",
+    k: int = 20,
+    pacing: str = "patience",
+    pacing_options: dict[str, float | int | bool] | None = None,
+) -> Curriculum:
+    """The paper's curriculum, which needs no measurement: noise intervals, noisiest first, accumulating.
+
+    Args:
+        process: the forward process.
+        method: a name in ``INTERVAL_METHODS``; the paper does not say which, log-SNR is the one that does not put
+            most of all t into one cluster.
+        k: number of intervals.
+        pacing, pacing_options: as in ``make_curriculum``.
+    """
+    tasks = _interval_tasks(process, k, method)
+    values: list[float | None] = [task.log_snr_high for task in tasks]
+    provenance = {"measure": NOISE, "method": method, "k": k, "order": "easy-to-hard"}
+    groups = [[index] for index in reversed(range(k))]
+    return _assemble(process, tasks, groups, values, True, pacing, pacing_options, "uniform", None, provenance)
+
+
+def _assemble(
+    process: Process,
+    tasks: list[RankingTask],
+    groups: list[list[int]],
+    values: list[float | None],
+    accumulate: bool,
+    pacing: str,
+    pacing_options: dict[str, float | int | bool] | None,
+    base_density: str,
+    task_mass: list[float] | None,
+    provenance: dict[str, Any],
+) -> Curriculum:
     mass = task_mass if base_density == "table" else task_masses(density(base_density, process), tasks).tolist()
     if mass is None:
         raise InputError("density 'table' needs the mass of each task")
@@ -268,18 +327,18 @@ def make_curriculum(
             accumulate=accumulate,
             pacing=PacingField(rule=pacing, options=pacing_options or {}),
             density=DensityField(name=base_density, task_mass=mass),
-            provenance={
-                "ranking_sha256": _sha256(ranking.model_dump()),
-                "dataset": ranking.dataset,
-                "measure": measure,
-                "method": method,
-                "k": k,
-                "order": order,
-                "seed": seed if order == "random" else None,
-            },
+            provenance=provenance,
         )
     except ValidationError as error:
         raise InputError(f"no curriculum can be made: {_first_reason(error)}") from None
+
+
+def _interval_tasks(process: Process, k: int, method: str) -> list[RankingTask]:
+    edges = interval_cuts(process, k, method)
+    high, low = process.log_snr(np.array(edges[:-1]) + 1), process.log_snr(edges[1:])
+    return [
+        RankingTask.of(Task(i, edges[i] + 1, edges[i + 1], float(high[i]), float(low[i])), process) for i in range(k)
+    ]
 
 
 def _grouped(
@@ -287,12 +346,7 @@ def _grouped(
 ) -> tuple[list[RankingTask], list[list[int]], str]:
     """Tasks, clusters of them from easiest to hardest, and the measure that decided."""
     if method in INTERVAL_METHODS:
-        edges = interval_cuts(process, k, method)
-        high, low = process.log_snr(np.array(edges[:-1]) + 1), process.log_snr(edges[1:])
-        tasks = [
-            RankingTask.of(Task(i, edges[i] + 1, edges[i + 1], float(high[i]), float(low[i])), process)
-            for i in range(k)
-        ]
+        tasks = _interval_tasks(process, k, method)
         measure = NOISE if measure in (None, NOISE) else pick_measure(ranking, measure)
         values = _values(ranking, tasks, measure)
         sortable = [float("inf") if value is None else value for value in values]

@@ -3,11 +3,11 @@
 A uniform number u, given by (seed, step, rank) alone, is mapped through the inverse CDF of the current density of t:
     t = min { t : F(t) > u },    F(t) = sum_{t' <= t} p(t').
 Two samplers with the same seed see the same u whatever their densities, which pairs the runs that are compared; two
-ranks see different u. The current density is the base density restricted to the tasks of the stage. One cluster of all
-tasks and no curriculum at all go through the same arithmetic and draw the same t.
+ranks take different parts of one draw. The current density is the base density restricted to the tasks of the stage.
+One cluster of all tasks and no curriculum at all go through the same arithmetic and draw the same t.
 """
 
-__all__ = ["StageRecord", "TimestepSampler"]
+__all__ = ["StageRecord", "TimestepSampler", "stage_rows"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,10 +22,9 @@ from difficulty.errors import InputError
 from difficulty.process import Array, Process
 from difficulty.randomness import uniform
 from training.curriculum import Curriculum
-from training.density import density, normalised
+from training.density import Interval, density, normalised
 from training.pacing import Fraction, Pacing, make_pacing
-
-STREAM = 3  # of the draws of u, beside those of `trainer.py`
+from training.streams import TIMESTEPS
 
 
 @dataclass
@@ -115,9 +114,11 @@ class TimestepSampler:
             t, int64 in 1..T, and its weight in the loss, float32, each of shape (batch,).
         """
         self.advance(step)
-        u = uniform((batch,), self.seed, STREAM, step, rank).numpy()
+        # Each rank draws the whole global batch and takes its part, so that two ranks train as one would.
+        u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
         if self.stratified:
-            u = (np.arange(batch) * world + rank + u) / (batch * world)
+            u = (np.arange(batch * world) + u) / (batch * world)
+        u = u[rank * batch : (rank + 1) * batch]
         t = torch.from_numpy(np.searchsorted(self.cdf, u, side="right"))
         self.counts += torch.bincount(t, minlength=self.T + 1)
         return t.to(device), self.weight_of_t[t].to(device)
@@ -171,6 +172,17 @@ class TimestepSampler:
             current.samples_per_t = self.counts.tolist()
         return self.records
 
+    def exposure(self) -> Array:
+        """Expected histogram of t so far: the density of every stage weighted by its samples, shape (T+1,), sum 1.
+
+        Expected, not counted: 1e5 draws over 1000 timesteps leave gaps and noise.
+        """
+        total = np.zeros(self.T + 1)
+        for record in self.log():
+            restricted = np.where(self.stage_masks[record.stage], self.base, 0.0)
+            total += sum(record.samples_per_t) * restricted / restricted.sum()
+        return total / total.sum()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, JSON only."""
         return {
@@ -220,3 +232,16 @@ class TimestepSampler:
         cdf = np.cumsum(np.where(self.stage_masks[stage], self.base, 0.0))
         # Divided by its own end, so that the end is exactly 1 and no u < 1 falls behind it.
         self.cdf = cdf / cdf[-1]
+
+
+def stage_rows(sampler: TimestepSampler, tasks: Sequence[Interval]) -> list[dict[str, Any]]:
+    """The rows of stages.csv: stage, start, end, reason, and the samples that each task has had in the stage.
+
+    ``samples_per_task`` is one text of numbers, cleanest task first, separated by blanks.
+    """
+    rows = []
+    for record in sampler.log():
+        counts = [sum(record.samples_per_t[task.t_first : task.t_last + 1]) for task in tasks]
+        row = {"stage": record.stage, "start": record.start, "end": record.end, "reason": record.reason}
+        rows.append(row | {"samples_per_task": " ".join(map(str, counts))})
+    return rows

@@ -1,0 +1,131 @@
+"""What a comparison of paired seeds shows: log-ratios with intervals, Holm-corrected p values, detectable effects.
+
+For arm a, metric m and seed s, against the baseline b,
+
+    d_s = log m_a(s) - log m_b(s),      mean d,  interval  d +- t_{n-1} sd/sqrt(n),  p of the paired t-test
+
+so that -0.01 reads "1 % lower". Every metric is better when smaller. The p values of all arms and metrics of one
+comparison are corrected together (Holm 1979), A/A arms left out: they are no hypotheses but the noise floor. The
+minimal detectable effect is the |d| that a two-sided test at 5 % would find with probability 80 % at this sd and n.
+Pairing can make an effect certain that is too small to matter: one whose interval lies within +- 1 % is called so.
+"""
+
+__all__ = ["EFFECT_COLUMNS", "effects", "holm", "iterations_to_baseline"]
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from difficulty.errors import InputError
+from difficulty.process import Array
+
+LEVEL = 0.95
+POWER = 0.80
+NEGLIGIBLE = 0.01
+EFFECT_COLUMNS = (
+    "arm", "metric", "seeds", "log_ratio", "ci_low", "ci_high", "p", "p_holm", "mde", "noise_floor", "verdict",
+)  # fmt: skip
+
+
+def holm(p: Sequence[float]) -> Array:
+    """Holm's step-down correction: p_(i) -> max over j <= i of min(1, (m - j + 1) p_(j))."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    factors = len(values) - np.arange(len(values))
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * factors), 1.0)
+    return corrected
+
+
+def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -> pd.DataFrame:
+    """Paired effects of every arm on every metric.
+
+    Args:
+        results: columns arm, seed, metric, value; value positive, smaller is better.
+        baseline: the arm that the others are compared with.
+        again: arms that repeat the baseline with fresh seeds (A/A).
+
+    Returns:
+        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric,
+        NaN without one. With one seed there is no interval and no verdict.
+
+    Raises:
+        InputError: if the baseline is missing, arms have different seeds, or a value is not positive.
+    """
+    wide = results.pivot(index="seed", columns=["metric", "arm"], values="value")
+    arms = list(dict.fromkeys(results["arm"]))
+    if baseline not in arms:
+        raise InputError(f"baseline {baseline!r} is not among the arms {', '.join(arms)}")
+    if not (wide > 0).all(axis=None):
+        raise InputError("a metric is missing for a seed or not positive; every arm needs every seed")
+    rows = []
+    for metric in dict.fromkeys(results["metric"]):
+        logs = np.log(wide[metric])
+        for arm in arms:
+            if arm != baseline:
+                rows.append({"arm": arm, "metric": metric} | _paired((logs[arm] - logs[baseline]).to_numpy()))
+    table = pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
+    judged = ~table["arm"].isin(list(again)) & table["p"].notna()
+    table["p_holm"] = np.nan
+    table.loc[judged, "p_holm"] = holm(table.loc[judged, "p"].tolist())
+    half_width = 0.5 * (table["ci_high"] - table["ci_low"])[table["arm"].isin(list(again))]
+    floor = dict(zip(table["metric"][half_width.index], half_width, strict=True))
+    table["noise_floor"] = table["metric"].map(floor).astype(float)
+    table["verdict"] = [
+        _verdict(row.log_ratio, row.ci_low, row.ci_high, row.p_holm, row.arm in again) for row in table.itertuples()
+    ]
+    return table[list(EFFECT_COLUMNS)]
+
+
+def _paired(d: Array) -> dict[str, float]:
+    n, mean = len(d), float(d.mean())
+    if n < 2:
+        return {"seeds": n, "log_ratio": mean, "ci_low": np.nan, "ci_high": np.nan, "p": np.nan, "mde": np.nan}
+    se = float(d.std(ddof=1)) / np.sqrt(n)
+    half = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * se
+    # Arms that train identically differ by exactly 0 on every seed: there is nothing to test.
+    p = float(2 * stats.t.sf(abs(mean) / se, n - 1)) if se > 0 else float(mean == 0)
+    mde = (stats.t.ppf(0.5 + LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * se
+    return {"seeds": n, "log_ratio": mean, "ci_low": mean - half, "ci_high": mean + half, "p": p, "mde": float(mde)}
+
+
+def _verdict(log_ratio: float, ci_low: float, ci_high: float, p_holm: float, is_again: bool) -> str:
+    if np.isnan(ci_low):
+        return "one seed, no interval"
+    if is_again:
+        return "noise floor (A/A)"
+    if not p_holm < 1 - LEVEL:
+        return "no difference shown"
+    word = "helps" if log_ratio < 0 else "hurts"
+    return f"{word}, by less than 1 %" if max(abs(ci_low), abs(ci_high)) < NEGLIGIBLE else word
+
+
+def iterations_to_baseline(curves: pd.DataFrame, baseline: str, metric: str) -> pd.DataFrame:
+    """At which iteration each run first reaches the baseline's final value of its seed.
+
+    Args:
+        curves: columns arm, seed, step, metric, value.
+
+    Returns:
+        Columns arm, seed, metric, iterations, share (of the baseline's iterations), censored: True where the value was
+        not reached and iterations is the length of the run. Between two evaluations the value is interpolated
+        linearly in the iteration.
+    """
+    rows = []
+    chosen = curves[curves["metric"] == metric]
+    finals = chosen[chosen["arm"] == baseline].sort_values("step").groupby("seed")["value"].last()
+    for (arm, seed), unordered in chosen.groupby(["arm", "seed"], sort=False):
+        run = unordered.sort_values("step")
+        step, value = run["step"].to_numpy(float), run["value"].to_numpy(float)
+        reached = np.flatnonzero(value <= finals[seed])
+        if len(reached) == 0:
+            at = step[-1]
+        elif reached[0] == 0:
+            at = step[0]
+        else:
+            i = reached[0]
+            at = step[i - 1] + (step[i] - step[i - 1]) * (value[i - 1] - finals[seed]) / (value[i - 1] - value[i])
+        rows.append((arm, seed, metric, at, at / step[-1], len(reached) == 0))
+    return pd.DataFrame(rows, columns=["arm", "seed", "metric", "iterations", "share", "censored"])

@@ -1,0 +1,103 @@
+"""Held-out loss per task on fixed draws of (x0, eps, t): the same draws for every run, arm and step.
+
+The error of eps is what all predictions are compared by. Per task, and as an integral over log-SNR lambda,
+
+    nats_k = 1/2 E |eps - eps_hat|^2             mean over the task's log-SNR; nats per unit log-SNR
+    nats   = 1/2 int E |eps - eps_hat|^2 dlambda = sum_k nats_k * width_k
+
+squared errors summed over the D dimensions: the variational bound up to a constant of the data (Kingma & Gao 2023,
+arXiv 2303.00848). The integral ends at the last finite log-SNR. ``loss`` is the error of the network's own output per
+dimension, t uniform: what plain training minimises.
+"""
+
+__all__ = ["HeldOut", "HeldOutLoss"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.datasets import Dataset
+from difficulty.denoiser import Denoiser
+from difficulty.prediction import eps_loss_factor
+from difficulty.process import Array, Process
+from difficulty.randomness import normal, stream
+from training.density import Interval, log_snr_widths
+from training.streams import HELDOUT
+
+HELDOUT_SEED = 0  # not the run's seed: all runs are judged on the same draws
+CHUNK = 4096  # draws per forward pass
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutLoss:
+    """What ``HeldOut`` measured; per task, shape (K,), and in all."""
+
+    nats_per_task: Array  # nats per unit log-SNR
+    loss_per_task: Array  # squared error of the output per dimension
+    nats: float
+    loss: float
+    per_draw: Array  # squared error of eps of every draw, summed over dimensions, (n,)
+
+
+class HeldOut:
+    """Fixed held-out draws, equally many per task, t spread evenly over the task.
+
+    Args:
+        data: its ``heldout`` samples are drawn with replacement.
+        process: the forward process.
+        tasks: intervals that cover 1..T.
+        per_task: draws per task.
+    """
+
+    def __init__(self, data: Dataset, process: Process, tasks: Sequence[Interval], per_task: int = 128) -> None:
+        count = per_task * len(tasks)
+        spread = (np.arange(per_task) + 0.5) / per_task
+        lengths = [task.t_last - task.t_first + 1 for task in tasks]
+        t = np.concatenate([task.t_first + np.floor(spread * n) for task, n in zip(tasks, lengths, strict=True)])
+        rows = stream(HELDOUT_SEED, HELDOUT, 0, 0).integers(0, len(data.heldout), count)
+        self.x0 = data.heldout[torch.from_numpy(rows)]
+        self.eps = normal(tuple(self.x0.shape), HELDOUT_SEED, HELDOUT, 1, 0)
+        self.t = torch.from_numpy(t.astype(np.int64))
+        self.labels = None if data.heldout_labels is None else data.heldout_labels[torch.from_numpy(rows)]
+        self.dim, self.tasks, self.per_task = data.dim, list(tasks), per_task
+        self.share = np.array(lengths) / sum(lengths)
+        self.widths = np.concatenate([[0.0], log_snr_widths(process)])[t.astype(np.int64)].reshape(len(tasks), -1)
+        # Each draw stands for length/per_task timesteps.
+        self.log_snr_of_draw = self.widths * (np.array(lengths) / per_task)[:, None]
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "tuple[Tensor, Tensor, Tensor]":
+        """The draws (x0, eps, t) whose entry of ``mask`` is true."""
+        chosen = torch.from_numpy(mask)
+        return self.x0[chosen], self.eps[chosen], self.t[chosen]
+
+    @torch.no_grad()
+    def evaluate(self, denoiser: Denoiser) -> HeldOutLoss:
+        """Losses of a denoiser on the fixed draws."""
+        device = denoiser.alpha.device
+        own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device)).cpu().double()
+        alpha, sigma = denoiser.alpha.cpu()[self.t].double(), denoiser.sigma.cpu()[self.t].double()
+        factor = eps_loss_factor(denoiser.prediction, alpha, sigma)
+        per_draw = (own * factor).numpy()
+        shaped = per_draw.reshape(len(self.tasks), -1)
+        loss = own.numpy().reshape(len(self.tasks), -1).mean(1) / self.dim
+        # A draw at which eps cannot be read from the output (alpha = 0) carries no log-SNR either.
+        shaped = np.where(np.isfinite(shaped), shaped, 0.0)
+        integral = 0.5 * (shaped * self.log_snr_of_draw).sum(1)
+        return HeldOutLoss(
+            nats_per_task=integral / self.log_snr_of_draw.sum(1),
+            loss_per_task=loss,
+            nats=float(integral.sum()),
+            loss=float((loss * self.share).sum()),
+            per_draw=per_draw,
+        )
+
+
+@torch.no_grad()
+def eval_losses(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """``denoiser.losses`` in chunks, without gradients."""
+    parts = zip(x0.split(CHUNK), eps.split(CHUNK), t.split(CHUNK), strict=True)
+    return torch.cat([denoiser.losses(*part) for part in parts])

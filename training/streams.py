@@ -1,0 +1,17 @@
+"""Names of the random streams of a run; every draw is a function of (seed, stream, step, rank), see `randomness.py`.
+
+Streams are told apart by the second counter. Four counters are always given: numpy pads shorter lists with zeros, and
+(seed, 1) would name the same stream as (seed, 1, 0, 0).
+"""
+
+__all__ = ["BATCH", "BOOTSTRAP", "HELDOUT", "LABELS", "NOISE", "ORDER", "PRIOR", "SAMPLER", "TIMESTEPS"]
+
+ORDER = 0  # random order of clusters
+BATCH = 1  # which samples form a batch
+NOISE = 2  # eps of a batch
+TIMESTEPS = 3  # u of a batch
+HELDOUT = 4  # the fixed draws on which losses are compared
+PRIOR = 5  # where a sampler starts
+SAMPLER = 6  # the noise that an ancestral sampler adds
+LABELS = 7  # label dropout and labels of samples
+BOOTSTRAP = 8  # projections and resampling in metrics
