@@ -4,8 +4,9 @@ __all__ = ["main"]
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -143,7 +144,7 @@ def datasets(json: bool = False) -> None:
     """
     from difficulty.datasets import DATASETS
 
-    _print_registry({name: factory for name, factory in DATASETS.items()}, json)
+    _print_registry(DATASETS, json)
 
 
 def processes(json: bool = False) -> None:
@@ -156,10 +157,10 @@ def processes(json: bool = False) -> None:
     """
     from difficulty.process import PROCESSES
 
-    _print_registry({name: factory for name, factory in PROCESSES.items()}, json)
+    _print_registry(PROCESSES, json)
 
 
-def _print_ranking(ranking: dict, as_json: bool) -> None:
+def _print_ranking(ranking: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(ranking))
         return
@@ -167,10 +168,10 @@ def _print_ranking(ranking: dict, as_json: bool) -> None:
         print(sentence)
 
 
-def _print_registry(factories: dict, as_json: bool) -> None:
+def _print_registry(factories: Mapping[str, Callable[..., Any]], as_json: bool) -> None:
     import inspect
 
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, factory in factories.items():
         options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
         entries[name] = {"description": inspect.cleandoc(factory.__doc__ or "").splitlines()[0], "options": options}
@@ -178,11 +179,11 @@ def _print_registry(factories: dict, as_json: bool) -> None:
         print(json.dumps(entries))
         return
     for name, entry in entries.items():
-        options = ",".join(f"{key}={value}" for key, value in entry["options"].items())
-        print(f"{name + (':' + options if options else ''):<58} {entry['description']}")
+        settings = ",".join(f"{key}={value}" for key, value in entry["options"].items())
+        print(f"{name + (':' + settings if settings else ''):<58} {entry['description']}")
 
 
-SUBCOMMANDS = {
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "measure": measure,
     "rank": rank,
     "plot": plot,

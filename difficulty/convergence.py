@@ -2,11 +2,11 @@
 
 With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i iterations and L* the floor,
 
-    excess_nats   e = (L(budget) - L*) / 2: nats per unit log-SNR that the expert has not yet learned (I-MMSE relation,
-                  Guo, Shamai & Verdu 2005); the same whatever the network predicts.
-    log_regret    mean over log-spaced iterations up to the budget of log e(i): the whole learning curve in one number.
-    paper_style   iterations until (L(i) - L_end) / (L(0) - L_end) falls to 0.1, with the curve's own end as the limit, as
-                  in arXiv 2403.10348; depends on the prediction and on the budget, and a stuck expert looks easy.
+    excess_nats   e = (L(budget) - L*) / 2: nats per unit log-SNR not yet learned (I-MMSE relation, Guo, Shamai and
+                  Verdu 2005); the same whatever the network predicts.
+    log_regret    mean over log-spaced iterations up to the budget of log e(i): the whole curve in one number.
+    paper_style   iterations until (L(i) - L_end) / (L(0) - L_end) falls to 0.1, the curve's own end being the limit
+                  (arXiv 2403.10348); depends on the prediction and on the budget, and a stuck expert looks easy.
 
 Larger is harder in all three. For an exact law L* is the Bayes loss and e is E|eps_hat - E[eps|x_t]|^2 / 2, free of the
 noise of the floor. Otherwise L* is the least mean loss on the same draws over all seeds, all checkpoints up to twice the
@@ -112,7 +112,7 @@ class LearningCurves:
     @property
     def diverged(self) -> npt.NDArray[np.bool_]:
         """Tasks (K,) of which a seed's loss is NaN or infinite."""
-        return ~np.isfinite(self.loss).all((0, 2))
+        return np.asarray(~np.isfinite(self.loss).all((0, 2)))
 
     @property
     def stuck(self) -> npt.NDArray[np.bool_]:
@@ -121,7 +121,7 @@ class LearningCurves:
         Networks start by predicting zero, so the loss of the zero network is the first one on the curve.
         """
         with np.errstate(invalid="ignore"):
-            return ~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.excess[..., 0]).all(0)
+            return np.asarray(~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.excess[..., 0]).all(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def _resolvable(curves: LearningCurves) -> Array:
 def excess_nats(curves: LearningCurves) -> SeedValues:
     """Excess over the floor at the budget."""
     final = _resolvable(curves)[..., -1]
-    unresolved = (curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0)
+    unresolved = np.asarray((curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0))
     relative = (curves.excess_se[..., -1] / final).mean(0)
     return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR")
 
@@ -160,7 +160,7 @@ def log_regret(curves: LearningCurves) -> SeedValues:
     """Mean log excess over the log-spaced checkpoints from the first after 0 to the budget."""
     excess = _resolvable(curves)[..., 1:]
     relative = (curves.excess_se[..., 1:] / excess).mean((0, 2))
-    unresolved = (curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0)
+    unresolved = np.asarray((curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0))
     return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR")
 
 

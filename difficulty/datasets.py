@@ -152,7 +152,7 @@ def check_samples(name: str, samples: npt.NDArray[Any]) -> npt.NDArray[np.float3
         samples = np.ascontiguousarray(samples, dtype=np.float32)
     if not np.isfinite(samples).all():
         rows = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
-        raise InputError(f"{name} has NaN, infinite or float32-overflowing values in {rows} sample(s); remove them first")
+        raise InputError(f"{name} has NaN, infinite or float32-overflowing values in {rows} sample(s); remove them")
     return samples
 
 

@@ -142,7 +142,7 @@ class StackedBank(Bank):
     """Parameters stacked along a leading expert axis; one vectorised program runs all experts."""
 
     def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        stacked, _ = stack_module_state(list(denoisers))  # type: ignore[arg-type]
+        stacked, _ = stack_module_state(list(denoisers))
         return {name: value.detach().requires_grad_() for name, value in stacked.items()}
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -288,7 +288,8 @@ def _training_draws(train: Tensor, plan: ExpertPlan, step: int) -> tuple[Tensor,
         rows.append(torch.from_numpy(stream(TRAIN_STREAM, seed, step, 0).integers(len(train), size=plan.batch)))
         noise.append(normal(shape, TRAIN_STREAM, seed, step, 1))
         u.append(uniform((plan.batch,), TRAIN_STREAM, seed, step, 2))
-    return train[torch.stack(rows).to(train.device)], torch.stack(noise).to(train.device), torch.stack(u).to(train.device)
+    x0 = train[torch.stack(rows).to(train.device)]
+    return x0, torch.stack(noise).to(train.device), torch.stack(u).to(train.device)
 
 
 def _per_expert(values: Tensor, tasks: int) -> Tensor:

@@ -6,7 +6,7 @@ to data, the `mixture` estimator of the relative entropy.
 
 Gaussian mixture, components N(m_k, C_k) with C_k = Q_k diag(lam_k) Q_k^T: the marginal is a mixture of
 N(alpha m_k, alpha^2 C_k + sigma^2 I), so one eigendecomposition per component serves all noise levels.
-Ring of radius r in the first two of D dimensions: with rho = |x_{1:2}|, kappa = alpha r rho / sigma^2, A = I1/I0(kappa),
+Ring of radius r in the first two of D dimensions: with rho = |x_{1:2}|, kappa = alpha r rho/sigma^2, A = I1/I0(kappa),
     E[x0 | x] = r A x_{1:2}/rho,    tr Cov[x0 | x] = r^2 (1 - A^2).
 
 Everything is float64: the log-ratio of neighbouring marginals is as small as 1e-7 where log p itself is of order 100.

@@ -23,9 +23,8 @@ from difficulty.process import Process, from_arrays, get_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
 from difficulty.records import (
     check_columns,
-    finish_run,
     fingerprint_array,
-    read_json,
+    finish_run,
     read_run,
     read_table,
     start_run,
@@ -108,8 +107,8 @@ def measure(
     began = time.monotonic()
     run = start_run(out, "measure", config)
     t = np.arange(1, process.T + 1)
-    table = pd.DataFrame({"t": t, "alpha": process.alpha[1:], "sigma": process.sigma[1:], "log_snr": process.log_snr(t)})
-    write_table(out / "process.csv", table)
+    scales = {"t": t, "alpha": process.alpha[1:], "sigma": process.sigma[1:], "log_snr": process.log_snr(t)}
+    write_table(out / "process.csv", pd.DataFrame(scales))
     request = _Request(dataset, process, cut, plan, estimator, out, progress)
     for stage in stages:
         stage(request)

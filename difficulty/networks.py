@@ -5,13 +5,13 @@ and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 202
 predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
 """
 
-__all__ = ["DiT", "MLP", "NETWORKS", "UNet", "build_network"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network"]
 
 import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difficulty.errors import InputError
@@ -113,8 +113,8 @@ class UNet(nn.Module):
         )
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.last = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         embedding = self.embedding(log_snr)
@@ -186,9 +186,8 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.last = nn.Linear(width, channels * patch**2)
-        for layer in (self.modulation, self.last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.modulation.parameters(), *self.last.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         _, _, height, width = x.shape

@@ -56,7 +56,8 @@ def add_t_axis(axes: "Axes", t: Array, log_snr: Array, ticks: int = 7) -> None:
     axes.set_xlim(float(np.max(log_snr)) + 0.3, float(np.min(log_snr)) - 0.3)
     upper = axes.twiny()
     upper.set_xlim(axes.get_xlim())
-    chosen = np.unique(np.searchsorted(-log_snr, np.linspace(-log_snr.max(), -log_snr.min(), ticks)).clip(0, len(t) - 1))
+    wanted = np.linspace(-log_snr.max(), -log_snr.min(), ticks)
+    chosen = np.unique(np.searchsorted(-log_snr, wanted).clip(0, len(t) - 1))
     upper.set_xticks(log_snr[chosen], [f"{t[i]:.0f}" for i in chosen])
     upper.set_xlabel("timestep t")
     upper.grid(False)
@@ -111,6 +112,7 @@ def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker
 def rank_figure(folder: Path) -> "Figure":
     """Rank of every task by every measure with its interval: where two measures part, and which ranks are sure."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     ranking = Ranking.load(folder)
     log_snr, t = _middles(ranking)
@@ -132,7 +134,7 @@ def rank_figure(folder: Path) -> "Figure":
     upper.set_xlabel("timestep t in the middle of the task")
     for edge in slot[1:] - 0.5:
         axes.axvline(edge, color="0.9", linewidth=0.6, zorder=0)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank  (1 = easiest, top = hardest)")
     axes.set_xlabel("one slot per task, labelled by its log-SNR  (clean data left, noise right)")
     axes.grid(axis="y", alpha=0.3)
@@ -153,9 +155,9 @@ def learning_figure(folder: Path) -> "Figure":
     figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.0), layout="constrained")
     colours = ScalarMappable(Normalize(x.min(), x.max()), "cividis")
     positive = losses[(losses["iteration"] > 0) & (losses["excess_nats"] > 0)]
-    for task, part in positive.groupby("task"):
+    for _, part in positive.groupby("task"):
         spread = part.groupby("iteration")["excess_nats"].agg(["mean", "min", "max"])
-        colour = colours.to_rgba(x[int(task)])
+        colour = colours.to_rgba(x[part["task"].iloc[0]])
         axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
         axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0)
     axes.axvline(budget, color="0.3", linestyle="--", linewidth=1)
@@ -175,7 +177,8 @@ def relative_entropy_figure(folder: Path) -> "Figure":
     """KL between consecutive marginals against log-SNR, per step and per (d log-SNR)^2, with intervals."""
     import matplotlib.pyplot as plt
 
-    table = read_table(folder / "relative_entropy.csv", ["t", "log_snr", "kl", "ci_low", "ci_high", "per_dlogsnr2", "valid"])
+    columns = ["t", "log_snr", "kl", "ci_low", "ci_high", "per_dlogsnr2", "valid"]
+    table = read_table(folder / "relative_entropy.csv", columns)
     table = table[np.isfinite(table["log_snr"])].sort_values("t")
     figure, panels = plt.subplots(2, 1, figsize=(PAGE_WIDTH, 5.2), sharex=True, layout="constrained")
     step = table["kl"] / table["per_dlogsnr2"]

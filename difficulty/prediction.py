@@ -11,10 +11,10 @@ so that the estimate of (x0, eps) follows from two equations: the output and x_t
     v         (-sigma, alpha)                            Salimans & Ho 2022, arXiv 2202.00512
     score     ( 0, -1/sigma )                            grad log p_t(x_t | x0)
     velocity  (-1, 1 )                                   dx_t/du of flow matching, Lipman et al. 2023
-    edm       (sigma/(sd r), -sd alpha/r)                F of Karras et al. 2022, eq. 7, with r^2 = sigma^2 + sd^2 alpha^2
+    edm       (sigma/(sd r), -sd alpha/r)                F of Karras et al. 2022, eq. 7; r^2 = sigma^2 + sd^2 alpha^2
 
-EDM's F = (x0 - c_skip y)/c_out is written in y = x_t/alpha, s = sigma/alpha, with c_skip = sd^2/(s^2 + sd^2) and c_out =
-s sd/sqrt(s^2 + sd^2); multiplied out it is the form above, which stays finite where alpha = 0. v is the case sd = 1.
+EDM's F = (x0 - c_skip y)/c_out is written in y = x_t/alpha, s = sigma/alpha, with c_skip = sd^2/(s^2 + sd^2) and
+c_out = s sd/sqrt(s^2 + sd^2); multiplied out it is the form above, which stays finite where alpha = 0; v has sd = 1.
 
 The determinant a sigma - b alpha says where a prediction cannot be inverted: x0 from eps where alpha = 0, eps from x0
 where sigma = 0. The conversion then returns infinities or NaN rather than hide it.

@@ -68,7 +68,7 @@ class Process:
             raise InputError(f"process {self.name!r}: noise must increase with t, that is log-SNR must fall strictly")
 
     @property
-    def T(self) -> int:  # noqa: N802 - the field's name for the number of steps
+    def T(self) -> int:
         """Number of timesteps."""
         return len(self.alpha) - 1
 

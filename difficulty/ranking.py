@@ -1,13 +1,14 @@
 """ranking.json: per measure the order of the tasks from easiest to hardest, with an interval for every rank.
 
-Rank 1 is the easiest task, rank K the hardest. A rank interval is the 90 % bootstrap interval of the rank; two tasks are
-told apart only where their intervals do not overlap. Measures are compared by Kendall's tau.
+Rank 1 is the easiest task, rank K the hardest. A rank interval is the 90 % bootstrap interval of the rank; two tasks
+are told apart only where their intervals do not overlap. Measures are compared by Kendall's tau.
 """
 
 __all__ = ["Estimate", "MeasureRanking", "Ranking", "RankingTask", "TauBetween", "rank_tasks"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from difficulty.randomness import stream
 from difficulty.records import read_json, write_json
 from difficulty.tasks import Task
 
-RANKING_FORMAT = "denoising-difficulty/ranking/1"
+RANKING_FORMAT: Literal["denoising-difficulty/ranking/1"] = "denoising-difficulty/ranking/1"
 INTERVAL_LEVEL = 0.90
 REPLICATES = 4000
 TOLD_APART = 0.95  # share of replicates in which two tasks keep their order
@@ -108,7 +109,7 @@ class Ranking(_Record):
             raise ValueError("tasks must be numbered 0..K-1")
         bounds = [(task.t_first, task.t_last) for task in self.tasks]
         if any(first > last for first, last in bounds) or any(
-            a[1] + 1 != b[0] for a, b in zip(bounds, bounds[1:], strict=False)
+            a[1] + 1 != b[0] for a, b in pairwise(bounds)
         ):
             raise ValueError("tasks must cover t without gap or overlap, cleanest first")
         for name, measure in self.measures.items():

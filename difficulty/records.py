@@ -7,8 +7,8 @@ is written first as "running" and last as "finished", and a folder in any other 
 
 __all__ = [
     "check_columns",
-    "finish_run",
     "fingerprint_array",
+    "finish_run",
     "read_json",
     "read_run",
     "read_table",

@@ -84,7 +84,7 @@ def make_tasks(process: Process, count: int = 20, grid: str = "t") -> list[Task]
     ]
 
 
-def task_of_t(tasks: list[Task], T: int) -> npt.NDArray[np.int64]:  # noqa: N803 - the field's name
+def task_of_t(tasks: list[Task], T: int) -> npt.NDArray[np.int64]:
     """Index of the task that holds each t, shape (T+1,); entry 0 (clean data) is -1."""
     index = np.full(T + 1, -1, dtype=np.int64)
     for task in tasks:

@@ -66,7 +66,8 @@ def test_a_task_that_a_measure_says_nothing_about_is_not_ranked():
 
 
 def test_kendall_tau_is_one_for_equal_and_minus_one_for_reversed_orders():
-    ranking = ranking_of(a=estimate(2.0 ** np.arange(10)), b=estimate(3.0 ** np.arange(10)), c=estimate(0.5 ** np.arange(10)))
+    k = np.arange(10)
+    ranking = ranking_of(a=estimate(2.0**k), b=estimate(3.0**k), c=estimate(0.5**k))
     assert [tau.tau for tau in ranking.kendall_tau] == [1, -1, -1]
     text = " ".join(ranking.verdict)
     assert "a and b agree" in text
