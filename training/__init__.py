@@ -1,1 +1,7 @@
 """Curricula over denoising tasks, and the training that uses and judges them."""
+
+__all__ = ["Curriculum", "TimestepSampler", "TrainPlan", "Trainer", "make_curriculum"]
+
+from training.curriculum import Curriculum, make_curriculum
+from training.timesteps import TimestepSampler
+from training.trainer import Trainer, TrainPlan

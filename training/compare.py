@@ -4,8 +4,8 @@ Arms of one seed share the initial weights, the data order, the noise, the unifo
 the sampler. One finished (arm, seed) is one file in ``runs``, so an interrupted comparison goes on where it stopped.
 
 The folder holds run.json; comparison.csv (arm, seed, metric, value at the end); curves.csv (the held-out metrics over
-training); tasks.csv (nats per task at the end); stages.csv; effects.csv, see `effects.py`; speed.csv (iterations to the
-baseline's final nats); figures, drawn from these.
+training); tasks.csv (nats per task at the end) and task_bounds.csv (what the tasks are); stages.csv; effects.csv, see
+`effects.py`; speed.csv (iterations to the baseline's final nats); figures, drawn from these.
 """
 
 __all__ = ["compare", "run_arm"]
@@ -162,7 +162,7 @@ def compare(
             if job.spec.exposure_of is not None
         ]
         _run_all(run_jobs, copies, progress, len(first), len(jobs))
-    table = _write_tables(out, jobs, specs)
+    table = _write_tables(out, jobs, specs, tasks)
     finish_run(out, run, wall_seconds=round(time.monotonic() - started, 1))
     return table
 
@@ -215,6 +215,7 @@ def _open(out: Path, setting: Setting, specs: Mapping[str, ArmSpec], seeds: list
         "metrics": list(setting.metrics),
         "tasks": [[task.t_first, task.t_last] for task in setting.tasks],
         "data": setting.data.fingerprint,
+        "value_range": setting.data.value_range,
         "process": setting.process.fingerprint,
     }
     if (out / "run.json").exists():
@@ -291,7 +292,9 @@ def _work(job: bytes) -> dict[str, Any]:
     return run_arm(_setting, pickle.loads(job))
 
 
-def _write_tables(out: Path, jobs: Sequence[Job], specs: Mapping[str, ArmSpec]) -> pd.DataFrame:
+def _write_tables(
+    out: Path, jobs: Sequence[Job], specs: Mapping[str, ArmSpec], bounds: Sequence[RankingTask]
+) -> pd.DataFrame:
     """All CSV files from the files of the runs; returns the effects."""
     results = [read_json(job.file) for job in jobs]
     key = [(result["arm"], result["seed"]) for result in results]
@@ -322,6 +325,7 @@ def _write_tables(out: Path, jobs: Sequence[Job], specs: Mapping[str, ArmSpec]) 
         ("comparison", final),
         ("curves", curves),
         ("tasks", tasks),
+        ("task_bounds", pd.DataFrame([bound.model_dump() for bound in bounds]).rename(columns={"index": "task"})),
         ("stages", stages),
         ("effects", table),
         ("speed", iterations_to_baseline(curves, baseline, "nats")),

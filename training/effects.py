@@ -73,8 +73,10 @@ def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -
     half_width = 0.5 * (table["ci_high"] - table["ci_low"])[table["arm"].isin(list(again))]
     floor = dict(zip(table["metric"][half_width.index], half_width, strict=True))
     table["noise_floor"] = table["metric"].map(floor).astype(float)
+    numbers = table[["log_ratio", "ci_low", "ci_high", "p_holm"]].to_numpy(float)
     table["verdict"] = [
-        _verdict(row.log_ratio, row.ci_low, row.ci_high, row.p_holm, row.arm in again) for row in table.itertuples()
+        _verdict(middle, low, high, p, arm in again)
+        for (middle, low, high, p), arm in zip(numbers.tolist(), table["arm"], strict=True)
     ]
     return table[list(EFFECT_COLUMNS)]
 
@@ -115,7 +117,8 @@ def iterations_to_baseline(curves: pd.DataFrame, baseline: str, metric: str) -> 
     """
     rows = []
     chosen = curves[curves["metric"] == metric]
-    finals = chosen[chosen["arm"] == baseline].sort_values("step").groupby("seed")["value"].last()
+    ends = chosen[chosen["arm"] == baseline].sort_values("step").groupby("seed")["value"].last()
+    finals = dict(zip(ends.index, ends.to_numpy(float), strict=True))
     for (arm, seed), unordered in chosen.groupby(["arm", "seed"], sort=False):
         run = unordered.sort_values("step")
         step, value = run["step"].to_numpy(float), run["value"].to_numpy(float)

@@ -29,7 +29,7 @@ from training.streams import PRIOR, SAMPLER
 CHUNK = 1024  # samples per forward pass
 
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-Step = Callable[[Estimate, Process, Tensor, int, int, Callable[[], Tensor]], Tensor]
+Step = Callable[[Estimate, Process, Tensor, Tensor, int, int], Tensor]  # x, noise to add, t, next t
 
 
 class Estimator(Protocol):
@@ -42,12 +42,12 @@ class Estimator(Protocol):
         """Estimate of x0, shape of x_t."""
 
 
-def _ddim(estimate: Estimate, process: Process, x: Tensor, t: int, s: int, noise: Callable[[], Tensor]) -> Tensor:
+def _ddim(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
     x0, eps = estimate(x, t)
     return float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
 
 
-def _heun(estimate: Estimate, process: Process, x: Tensor, t: int, s: int, noise: Callable[[], Tensor]) -> Tensor:
+def _heun(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
     x0, eps = estimate(x, t)
     euler = float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
     if s == 0:  # there is nothing to denoise at clean data
@@ -57,7 +57,7 @@ def _heun(estimate: Estimate, process: Process, x: Tensor, t: int, s: int, noise
     return x + d_alpha * 0.5 * (x0 + x0_next) + d_sigma * 0.5 * (eps + eps_next)
 
 
-def _ancestral(estimate: Estimate, process: Process, x: Tensor, t: int, s: int, noise: Callable[[], Tensor]) -> Tensor:
+def _ancestral(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
     x0, _ = estimate(x, t)
     if s == 0:
         return x0
@@ -65,7 +65,7 @@ def _ancestral(estimate: Estimate, process: Process, x: Tensor, t: int, s: int, 
     kept = process.sigma[s] ** 2 / process.sigma[t] ** 2
     added = process.sigma[t] ** 2 - ratio**2 * process.sigma[s] ** 2
     mean = float(ratio * kept) * x + float(process.alpha[s] * added / process.sigma[t] ** 2) * x0
-    return mean + float(np.sqrt(max(added * kept, 0.0))) * noise()
+    return mean + float(np.sqrt(max(added * kept, 0.0))) * noise
 
 
 SAMPLERS: Mapping[str, Step] = {"ddim": _ddim, "heun": _heun, "ancestral": _ancestral}
@@ -127,7 +127,6 @@ def draw_samples(
     x = start.to(device)
     for number, (t, s) in enumerate(pairwise(grid)):
         noise = normal((count, *shape), seed, SAMPLER, number, 0).to(device) if method == "ancestral" and s else None
-        parts = x.split(CHUNK)
-        noises = noise.split(CHUNK) if noise is not None else [x] * len(parts)
-        x = torch.cat([step(estimate, process, p, t, s, lambda z=z: z) for p, z in zip(parts, noises, strict=True)])
+        noises = noise.split(CHUNK) if noise is not None else [x] * -(-count // CHUNK)
+        x = torch.cat([step(estimate, process, *pair, t, s) for pair in zip(x.split(CHUNK), noises, strict=True)])
     return x.cpu()

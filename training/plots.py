@@ -1,0 +1,326 @@
+"""Figures of training and comparison, each drawn from the CSV files of a results folder, so that it can be drawn again.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart. On every log-SNR axis noise grows to the right, with
+t on the opposite edge. Intervals are always shown.
+"""
+
+__all__ = ["COMPARISON_FIGURES", "RUN_FIGURES", "draw_folder", "save_grid"]
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from difficulty.errors import InputError
+from difficulty.records import read_json, read_table, write_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#000000", "#CC79A7", "#999999", "#F0E442")
+BETTER, WORSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
+WIDTH = 8.0  # inches: readable at the width of a page
+METRIC_NAMES = {
+    "nats": "held-out nats",
+    "loss": "held-out loss",
+    "fd-pca": "Fréchet distance (pca)",
+    "fd-pixels": "Fréchet distance (pixels)",
+    "sw-pixels": "sliced Wasserstein (pixels)",
+    "sw-pca": "sliced Wasserstein (pca)",
+}
+
+
+def _figure(height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def _percent(log_ratio: "npt.ArrayLike") -> "np.ndarray":
+    return 100 * np.expm1(np.asarray(log_ratio, dtype=float))
+
+
+def forest(folder: Path) -> "Figure":
+    """Effect of every arm on every metric with its 95 % interval; the interval of the A/A arm as a grey band."""
+    table = read_table(folder / "effects.csv", ("arm", "metric", "log_ratio", "ci_low", "ci_high", "verdict"))
+    metrics, arms = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table["arm"]))
+    figure, axes = _figure(1.3 + 0.32 * len(arms), len(metrics))
+    for column, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
+        rows = table[table["metric"] == metric].set_index("arm")
+        for y, arm in enumerate(arms):
+            low, middle, high = _percent(rows.loc[arm, ["ci_low", "log_ratio", "ci_high"]].to_numpy(float))
+            verdict = str(rows.loc[arm, "verdict"])
+            if "A/A" in verdict:
+                ax.axvspan(low, high, color="#e4e4e4", zorder=0)
+            colour = BETTER if verdict.startswith("helps") else WORSE if verdict.startswith("hurts") else NEUTRAL
+            ax.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt")
+            ax.plot([middle], [y], "o", ms=5, color=colour, mfc=colour if colour != NEUTRAL else "white")
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms))
+        ax.set_ylim(len(arms) - 0.5, -0.5)
+        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=9)
+        ax.set_xlabel("change, %", fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    seeds = int(table["seeds"].iloc[0])
+    figure.suptitle(
+        f"Against {_baseline(folder)}, {seeds} paired seeds, 95 % intervals: left of 0 is better\n"
+        "filled: significant after Holm; open: no difference shown; grey band: A/A",
+        fontsize=9,
+    )
+    return figure
+
+
+def learning_curves(folder: Path) -> "Figure":
+    """Held-out nats and loss over training as % of the baseline at the same iteration: mean and interval of seeds."""
+    table = read_table(folder / "curves.csv", ("arm", "seed", "step", "metric", "value"))
+    baseline = _baseline(folder)
+    figure, axes = _figure(3.2, 2)
+    for ax, metric in zip(axes, ("nats", "loss"), strict=True):
+        wide = table[table["metric"] == metric].pivot(index=["step", "seed"], columns="arm", values="value")
+        logs = _log(wide).sub(_log(wide)[baseline], axis=0)
+        for colour, arm in zip(COLOURS, _arms(table, without=baseline), strict=False):
+            grouped = logs[arm].groupby("step")
+            mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
+            ax.plot(mean.index, _percent(mean), color=colour, label=arm, lw=1.5)
+            ax.fill_between(mean.index, _percent(mean - half), _percent(mean + half), color=colour, alpha=0.2, lw=0)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xlabel("iteration")
+        ax.set_ylabel(f"{METRIC_NAMES[metric]}, % from {baseline}")
+        ax.grid(alpha=0.3)
+        # The first evaluations, inside the first stages, would set the scale of everything after them.
+        late = logs.drop(columns=baseline).groupby("step").mean().iloc[len(logs.index.unique("step")) // 4 :]
+        span = 2.5 * float(np.nanmax(np.abs(_percent(late.to_numpy()))))
+        if span > 0:
+            ax.set_ylim(-span, span)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("Learning curves against the baseline; bands are 95 % intervals over paired seeds", fontsize=9)
+    return figure
+
+
+def task_differences(folder: Path) -> "Figure":
+    """Final nats of every task as % of the baseline, over log-SNR."""
+    table = read_table(folder / "tasks.csv", ("arm", "seed", "task", "nats_per_log_snr"))
+    bounds = read_table(folder / "task_bounds.csv", ("task", "t_first", "t_last", "log_snr_high", "log_snr_low"))
+    baseline = _baseline(folder)
+    wide = table.pivot(index=["task", "seed"], columns="arm", values="nats_per_log_snr")
+    logs = _log(wide).sub(_log(wide)[baseline], axis=0)
+    middle = bounds[["log_snr_high", "log_snr_low"]].mean(axis=1).to_numpy()
+    figure, (ax,) = _figure(3.6)
+    arms = _arms(table, without=baseline)
+    for number, (colour, arm) in enumerate(zip(COLOURS, arms, strict=False)):
+        grouped = logs[arm].groupby("task")
+        mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
+        low, high = _percent(mean) - _percent(mean - half), _percent(mean + half) - _percent(mean)
+        shift = (number - (len(arms) - 1) / 2) * 0.02 * np.ptp(middle)
+        ax.errorbar(middle + shift, _percent(mean), np.stack([low, high]), fmt="o", ms=4, color=colour, label=arm, lw=1)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_ylabel(f"nats of the task, % from {baseline}")
+    _log_snr_axis(ax, bounds["log_snr_high"].to_numpy(), bounds["t_first"].to_numpy())
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def stage_timeline(folder: Path) -> "Figure":
+    """When each stage of a curriculum ran, and what share of the samples each task had in it."""
+    stages = read_table(folder / "stages.csv", ("stage", "start", "end", "samples_per_task"))
+    if "arm" in stages:
+        stages = stages[(stages["seed"] == stages["seed"].min())]
+        counts = stages.groupby("arm")["stage"].max()
+        chosen = [arm for arm in dict.fromkeys(stages["arm"]) if counts[arm] > 0] or [stages["arm"].iloc[0]]
+    else:
+        stages, chosen = stages.assign(arm="run"), ["run"]
+    figure, axes = _figure(0.9 + 1.5 * len(chosen), 1) if len(chosen) == 1 else _rows(len(chosen))
+    for ax, arm in zip(axes, chosen, strict=True):
+        for row in stages[stages["arm"] == arm].itertuples():
+            counts_of_task = np.array([int(n) for n in str(row.samples_per_task).split()])
+            share = counts_of_task / max(counts_of_task.sum(), 1)
+            end = row.end if row.end == row.end else stages["end"].max()
+            ax.pcolormesh(
+                [row.start, end],
+                np.arange(len(share) + 1) - 0.5,
+                share[:, None],
+                cmap="cividis",
+                vmin=0,
+                vmax=max(0.3, 1.5 / len(share)),
+            )
+            ax.axvline(row.start, color="white", lw=0.5)
+        ax.set_ylabel(f"{arm}\ntask (0 cleanest)", fontsize=8)
+    axes[-1].set_xlabel("iteration")
+    figure.suptitle("Share of the samples of each task per stage (bright: large)", fontsize=9)
+    return figure
+
+
+def run_curve(folder: Path) -> "Figure":
+    """Held-out nats, held-out loss and learning rate of one run."""
+    table = read_table(folder / "curve.csv", ("step", "nats", "loss", "lr", "stage"))
+    figure, axes = _figure(2.8, 3)
+    for ax, (name, label) in zip(
+        axes, (("nats", "held-out nats"), ("loss", "held-out loss"), ("lr", "learning rate")), strict=True
+    ):
+        ax.plot(table["step"], table[name], color=COLOURS[0], lw=1.5)
+        for start in table.loc[table["stage"].diff() > 0, "step"]:
+            ax.axvline(start, color="#999999", lw=0.7, ls=":")
+        ax.set_xlabel("iteration")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    figure.suptitle("Averaged weights on fixed held-out draws; dotted: first evaluation of a new stage", fontsize=9)
+    return figure
+
+
+def loss_heat_map(folder: Path) -> "Figure":
+    """Nats of every task over training, relative to its own last value."""
+    table = read_table(folder / "losses.csv", ("step", "task", "nats_per_log_snr"))
+    wide = table.pivot(index="task", columns="step", values="nats_per_log_snr")
+    relative = _log(wide.div(wide.iloc[:, -1], axis=0)) / np.log(10)
+    figure, (ax,) = _figure(3.6)
+    steps = np.concatenate([[0], wide.columns.to_numpy()])
+    edges = np.arange(len(wide) + 1) - 0.5
+    image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, relative.to_numpy().max()))
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("task (0 cleanest)")
+    figure.colorbar(image, ax=ax, label="log10 of nats over the task's last value")
+    return figure
+
+
+def _rows(count: int) -> "tuple[Figure, list[Axes]]":
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, 0.9 + 1.3 * count), layout="constrained", sharex=True)
+    return figure, list(np.atleast_1d(axes))
+
+
+def _log_snr_axis(ax: "Axes", log_snr: "np.ndarray", t: "np.ndarray") -> None:
+    """Noise to the right: log-SNR falls; t on the opposite edge."""
+    ax.set_xlabel("log-SNR (noise grows to the right)")
+    ax.invert_xaxis()
+    chosen = np.unique(np.linspace(0, len(t) - 1, min(len(t), 8)).astype(int))
+    top = ax.secondary_xaxis("top")
+    top.set_xticks(log_snr[chosen], [str(int(value)) for value in t[chosen]])
+    top.set_xlabel("t")
+
+
+def _log(table: "pd.DataFrame") -> "pd.DataFrame":
+    return table.apply(np.log)
+
+
+def _half_width(sd: "np.ndarray", n: "np.ndarray") -> "np.ndarray":
+    from scipy import stats
+
+    with np.errstate(invalid="ignore"):
+        return stats.t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n)
+
+
+def _baseline(folder: Path) -> str:
+    return next(iter(read_json(folder / "run.json")["config"]["arms"]))
+
+
+def _arms(table: "pd.DataFrame", without: str) -> list[str]:
+    return [arm for arm in dict.fromkeys(table["arm"]) if arm != without]
+
+
+COMPARISON_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
+    "forest": forest,
+    "learning_curves": learning_curves,
+    "task_differences": task_differences,
+    "stages": stage_timeline,
+}
+RUN_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
+    "curve": run_curve,
+    "loss_heat_map": loss_heat_map,
+    "stages": stage_timeline,
+}
+
+
+def draw_folder(folder: Path) -> list[Path]:
+    """Draw every figure of a run or a comparison as PNG and SVG into ``figures``.
+
+    Raises:
+        InputError: if the folder is neither, or a table is missing.
+    """
+    import matplotlib
+
+    kinds = {"compare": COMPARISON_FIGURES, "train": RUN_FIGURES}
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds no run.json; give the folder of `training run` or `training compare`")
+    run = read_json(folder / "run.json")
+    kind = run.get("kind") if isinstance(run, dict) else None
+    if kind not in kinds:
+        raise InputError(f"{folder} was written by {kind!r}; give the folder of `training run` or `training compare`")
+    matplotlib.use("Agg", force=False)
+    paths = []
+    for name, draw in kinds[kind].items():
+        figure = draw(folder)
+        for suffix in ("png", "svg"):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=150)
+            paths.append(folder / "figures" / f"{name}.{suffix}")
+            write_bytes(paths[-1], buffer.getvalue())
+        _close(figure)
+    if kind == "compare":
+        paths += _sample_grids(folder, run["config"].get("value_range"))
+    return paths
+
+
+def _close(figure: "Figure") -> None:
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+
+
+def _sample_grids(folder: Path, value_range: list[float] | None) -> list[Path]:
+    """Samples of every arm with its first seed, drawn from the same noise."""
+    from safetensors.torch import load_file
+
+    paths = []
+    for file in sorted((folder / "runs").glob("*.safetensors")):
+        path = folder / "figures" / f"samples-{file.stem}.png"
+        save_grid(load_file(file)["data"], path, (value_range[0], value_range[1]) if value_range else None)
+        paths.append(path)
+    return paths
+
+
+def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float] | None = None) -> None:
+    """Samples as one PNG: images in a grid, vectors as points in their first two dimensions.
+
+    Args:
+        samples: (n, C, H, W) or (n, D).
+        path: of the PNG.
+        value_range: values shown as black and white; None takes the range of the samples.
+    """
+    buffer = io.BytesIO()
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        from PIL import Image
+
+        low, high = value_range or (float(samples.min()), float(samples.max()))
+        columns = int(np.ceil(np.sqrt(len(samples))))
+        rows = -(-len(samples) // columns)
+        n, channels, height, width = samples.shape
+        grid = torch.full((rows * columns, channels, height + 1, width + 1), 1.0)
+        grid[:n, :, :height, :width] = ((samples - low) / max(high - low, 1e-12)).clamp(0, 1)
+        grid = grid.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
+        pixels = (grid.reshape(channels, rows * (height + 1), columns * (width + 1)) * 255).byte().numpy()
+        image = Image.fromarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0))
+        scale = max(1, 512 // max(image.size))
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    else:
+        import matplotlib
+
+        matplotlib.use("Agg", force=False)
+        figure, (ax,) = _figure(4.0)
+        flat = samples.flatten(1)
+        ax.scatter(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], s=4, color=COLOURS[0])
+        ax.set_xlabel("dimension 1")
+        ax.set_ylabel(f"dimension {min(2, flat.shape[1])}")
+        ax.set_aspect("equal")
+        figure.savefig(buffer, format="png", dpi=100)
+        _close(figure)
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,208 @@
+"""One training run in one folder, which can be killed at any moment and continued.
+
+run.json          settings, fingerprints of data and process, versions, status
+curriculum.json   if there is one
+losses.csv        step, samples, stage, task, nats_per_log_snr, loss: held-out, per task, averaged weights
+curve.csv         step, samples, stage, train_loss, lr, nats, loss
+stages.csv        stage, start, end, reason, samples_per_task
+samples/          grids over training
+checkpoints/      see `checkpoint.py`; the tables up to the step are part of the checkpoint
+"""
+
+__all__ = ["Cadence", "restore", "train"]
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from difficulty.datasets import Dataset
+from difficulty.denoiser import Denoiser
+from difficulty.errors import InputError
+from difficulty.networks import build_network
+from difficulty.process import Process
+from difficulty.ranking import RankingTask
+from difficulty.records import finish_run, read_json, start_run, write_table
+from difficulty.tasks import make_tasks
+from training.checkpoint import load_latest, save_checkpoint
+from training.curriculum import Curriculum, known_process
+from training.heldout import HeldOut
+from training.sampling import draw_samples
+from training.timesteps import stage_rows
+from training.trainer import Diverged, Trainer, TrainPlan
+
+RESUME = ("auto", "never")
+LOSS_COLUMNS = ("step", "samples", "stage", "task", "nats_per_log_snr", "loss")
+CURVE_COLUMNS = ("step", "samples", "stage", "train_loss", "lr", "nats", "loss")
+Watcher = Callable[[Trainer, float], None]
+Shower = Callable[[torch.Tensor, Path], None]
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often a run writes, in iterations; 0 for never. All of it happens after the last iteration too.
+
+    Args:
+        evaluate: held-out losses.
+        checkpoint: checkpoints.
+        sample: sample grids.
+        keep: checkpoints that stay.
+        grid: samples of a grid.
+    """
+
+    evaluate: int = 100
+    checkpoint: int = 200
+    sample: int = 500
+    keep: int = 3
+    grid: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.evaluate, self.checkpoint, self.sample) < 0 or min(self.keep, self.grid) < 1:
+            raise InputError("intervals between writes must not be negative, and keep and grid at least 1")
+
+
+def train(
+    data: Dataset,
+    process: Process,
+    plan: TrainPlan,
+    out: Path,
+    curriculum: Curriculum | None = None,
+    *,
+    cadence: Cadence | None = None,
+    resume: str = "auto",
+    device: str = "cpu",
+    watch: Watcher | None = None,
+    tell: Callable[[str], None] = lambda message: None,
+    show: Shower | None = None,
+) -> Trainer:
+    """Train, or continue a run of the same settings in ``out``.
+
+    Args:
+        data, process, plan, curriculum: what to train; see ``Trainer``.
+        out: folder of the run.
+        cadence: how often to write.
+        resume: ``auto`` continues what is there, ``never`` refuses a folder that holds a run.
+        device: torch device.
+        watch: called with the trainer and the batch loss after every iteration.
+        tell: called with sentences for the user.
+        show: called with samples and a path to draw them to.
+
+    Raises:
+        InputError: if the folder holds another run, or the loss diverged (``Diverged``): then the last good state is
+            kept as a checkpoint.
+    """
+    cadence = cadence or Cadence()
+    trainer = Trainer(data, process, plan, curriculum, device=device)
+    tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+    heldout = HeldOut(data, process, tasks)
+    run, state = _open(trainer, out, cadence, resume, tell)
+    log: dict[str, list[list[float]]] = {"losses": [], "curve": []}
+    if state is not None:
+        log = state.pop("log")
+        trainer.load_state_dict(state)
+    if curriculum:
+        curriculum.save(out / "curriculum.json")
+    seconds = time.monotonic()
+    while trainer.done < plan.steps:
+        try:
+            loss = trainer.step()
+        except Diverged as error:
+            save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+            raise Diverged(f"{error}; the last good state is checkpoint {trainer.done} in {out}") from None
+        trainer.report_heldout(heldout)
+        if watch:
+            watch(trainer, float(loss))
+        last = trainer.done == plan.steps
+        if last:
+            trainer.sampler.finish(trainer.done)
+        if _now(cadence.evaluate, trainer.done, last):
+            _log_heldout(trainer, heldout, float(loss), log)
+            _write_tables(trainer, out, log, tasks)
+        if show and _now(cadence.sample, trainer.done, last):
+            drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, device=device)
+            show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
+        if _now(cadence.checkpoint, trainer.done, last):
+            save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+    _write_tables(trainer, out, log, tasks)
+    finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))
+    return trainer
+
+
+def _now(every: int, done: int, last: bool) -> bool:
+    return last or (every > 0 and done % every == 0)
+
+
+def _open(
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    if resume not in RESUME:
+        raise InputError(f"unknown resume {resume!r}; known are {', '.join(RESUME)}")
+    curriculum = trainer.sampler.curriculum
+    config = {
+        "plan": asdict(trainer.plan),
+        "cadence": asdict(cadence),
+        "curriculum": curriculum.sha256 if curriculum else None,
+        "data": trainer.data.fingerprint,
+        "process": trainer.process.fingerprint,
+        "shape": list(trainer.data.shape),
+        "data_std": trainer.denoiser.data_std,
+        "value_range": trainer.data.value_range,
+    }
+    if not (out / "run.json").exists():
+        return start_run(out, "train", config), None
+    found = read_json(out / "run.json")
+    if not isinstance(found, dict) or found.get("kind") != "train":
+        raise InputError(f"{out} holds the results of another command; choose another output folder")
+    if resume == "never":
+        raise InputError(f"{out} already holds a run; continue it with --resume auto or choose another folder")
+    if found.get("config") != json.loads(json.dumps(config)):
+        raise InputError(f"{out} holds a run with other settings; choose another folder or repeat its settings")
+    state, passed = load_latest(out / "checkpoints")
+    for sentence in passed:
+        tell(sentence)
+    if state is not None:
+        tell(f"continuing {out} after step {state['step']}")
+    return start_run(out, "train", config), state
+
+
+def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> None:
+    measured = heldout.evaluate(trainer.ema)
+    done, stage = trainer.done, trainer.sampler.stage
+    samples, lr = done * trainer.plan.batch, trainer.plan.lr_at(done - 1)
+    log["curve"].append([done, samples, stage, loss, lr, measured.nats, measured.loss])
+    pairs = zip(measured.nats_per_task.tolist(), measured.loss_per_task.tolist(), strict=True)
+    log["losses"] += [[done, samples, stage, task, nats, own] for task, (nats, own) in enumerate(pairs)]
+
+
+def _write_tables(trainer: Trainer, out: Path, log: dict[str, list[list[float]]], tasks: list[RankingTask]) -> None:
+    for name, columns in (("losses", LOSS_COLUMNS), ("curve", CURVE_COLUMNS)):
+        write_table(out / f"{name}.csv", pd.DataFrame(log[name], columns=columns))
+    write_table(out / "stages.csv", pd.DataFrame(stage_rows(trainer.sampler, tasks)))
+
+
+def restore(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
+    """The denoiser of a run with its averaged weights, from the last whole checkpoint, and the run's settings.
+
+    Raises:
+        InputError: if the folder holds no run or no whole checkpoint.
+    """
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds no run.json; give the --out folder of `training run`")
+    run = read_json(folder / "run.json")
+    if not isinstance(run, dict) or run.get("kind") != "train":
+        raise InputError(f"{folder} holds the results of another command; give the --out folder of `training run`")
+    config = run["config"]
+    state, passed = load_latest(folder / "checkpoints")
+    if state is None:
+        reason = passed[0] if passed else "no checkpoint was written yet"
+        raise InputError(f"{folder} cannot be used: {reason}")
+    plan = config["plan"]
+    network = build_network(plan["network"], tuple(config["shape"]), plan["seed"])
+    network.load_state_dict(state["ema"])
+    process = known_process(config["process"], f"the run in {folder}")
+    return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config
