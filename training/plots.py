@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#000000", "#CC79A7", "#999999", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 BETTER, WORSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
 WIDTH = 8.0  # inches: readable at the width of a page
 METRIC_NAMES = {
@@ -81,50 +81,55 @@ def forest(folder: Path) -> "Figure":
 def learning_curves(folder: Path) -> "Figure":
     """Held-out nats and loss over training as % of the baseline at the same iteration: mean and interval of seeds."""
     table = read_table(folder / "curves.csv", ("arm", "seed", "step", "metric", "value"))
-    baseline = _baseline(folder)
-    figure, axes = _figure(3.2, 2)
+    baseline, again = _baseline(folder), _again(folder)
+    figure, axes = _figure(3.6, 2)
     for ax, metric in zip(axes, ("nats", "loss"), strict=True):
         wide = table[table["metric"] == metric].pivot(index=["step", "seed"], columns="arm", values="value")
         logs = _log(wide).sub(_log(wide)[baseline], axis=0)
-        for colour, arm in zip(COLOURS, _arms(table, without=baseline), strict=False):
+        late = 0.0
+        for arm, colour in _colours(_arms(table, without=baseline), again):
             grouped = logs[arm].groupby("step")
             mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
-            ax.plot(mean.index, _percent(mean), color=colour, label=arm, lw=1.5)
-            ax.fill_between(mean.index, _percent(mean - half), _percent(mean + half), color=colour, alpha=0.2, lw=0)
+            low, high = _percent(mean - half), _percent(mean + half)
+            ax.fill_between(mean.index, low, high, color=colour, alpha=0.25, lw=0)
+            if arm not in again:
+                ax.plot(mean.index, _percent(mean), color=colour, label=arm, lw=1.5)
+            # The first evaluations, inside the first stages, would set the scale of everything after them.
+            later = slice(len(mean) // 4, None)
+            late = max(late, float(np.nanmax(np.abs([low[later], high[later], _percent(mean)[later]]))))
         ax.axhline(0, color="black", lw=0.8)
         ax.set_xlabel("iteration")
-        ax.set_ylabel(f"{METRIC_NAMES[metric]}, % from {baseline}")
+        ax.set_ylabel(f"{METRIC_NAMES[metric]}, % from {baseline}", fontsize=9)
         ax.grid(alpha=0.3)
-        # The first evaluations, inside the first stages, would set the scale of everything after them.
-        late = logs.drop(columns=baseline).groupby("step").mean().iloc[len(logs.index.unique("step")) // 4 :]
-        span = 2.5 * float(np.nanmax(np.abs(_percent(late.to_numpy()))))
-        if span > 0:
-            ax.set_ylim(-span, span)
-    axes[0].legend(fontsize=8)
-    figure.suptitle("Learning curves against the baseline; bands are 95 % intervals over paired seeds", fontsize=9)
+        if late > 0:
+            ax.set_ylim(-1.1 * late, 1.1 * late)
+    _legend(figure, axes[0], again)
+    figure.suptitle(
+        "Against the baseline at the same iteration; bands are 95 % intervals over paired seeds", fontsize=9
+    )
     return figure
 
 
 def task_differences(folder: Path) -> "Figure":
-    """Final nats of every task as % of the baseline, over log-SNR."""
+    """Final nats per unit log-SNR of every task minus the baseline's; the area under a line is its change in nats."""
     table = read_table(folder / "tasks.csv", ("arm", "seed", "task", "nats_per_log_snr"))
     bounds = read_table(folder / "task_bounds.csv", ("task", "t_first", "t_last", "log_snr_high", "log_snr_low"))
-    baseline = _baseline(folder)
+    baseline, again = _baseline(folder), _again(folder)
     wide = table.pivot(index=["task", "seed"], columns="arm", values="nats_per_log_snr")
-    logs = _log(wide).sub(_log(wide)[baseline], axis=0)
+    difference = wide.sub(wide[baseline], axis=0)
     middle = bounds[["log_snr_high", "log_snr_low"]].mean(axis=1).to_numpy()
-    figure, (ax,) = _figure(3.6)
-    arms = _arms(table, without=baseline)
-    for number, (colour, arm) in enumerate(zip(COLOURS, arms, strict=False)):
-        grouped = logs[arm].groupby("task")
+    figure, (ax,) = _figure(3.8)
+    for arm, colour in _colours(_arms(table, without=baseline), again):
+        grouped = difference[arm].groupby("task")
         mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
-        low, high = _percent(mean) - _percent(mean - half), _percent(mean + half) - _percent(mean)
-        shift = (number - (len(arms) - 1) / 2) * 0.02 * np.ptp(middle)
-        ax.errorbar(middle + shift, _percent(mean), np.stack([low, high]), fmt="o", ms=4, color=colour, label=arm, lw=1)
+        ax.fill_between(middle, mean - half, mean + half, color=colour, alpha=0.25, lw=0)
+        if arm not in again:
+            ax.plot(middle, mean, color=colour, label=arm, lw=1.5, marker="o", ms=3)
     ax.axhline(0, color="black", lw=0.8)
-    ax.set_ylabel(f"nats of the task, % from {baseline}")
-    _log_snr_axis(ax, bounds["log_snr_high"].to_numpy(), bounds["t_first"].to_numpy())
-    ax.legend(fontsize=8)
+    ax.set_ylabel(f"nats per unit log-SNR\nminus those of {baseline}", fontsize=9)
+    _log_snr_axis(ax, middle, bounds[["t_first", "t_last"]].mean(axis=1).to_numpy())
+    _legend(figure, ax, again)
+    figure.suptitle("Where on the noise axis the arms differ: below 0 is better, bands are 95 % intervals", fontsize=9)
     ax.grid(alpha=0.3)
     return figure
 
@@ -187,6 +192,7 @@ def loss_heat_map(folder: Path) -> "Figure":
     image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, relative.to_numpy().max()))
     ax.set_xlabel("iteration")
     ax.set_ylabel("task (0 cleanest)")
+    ax.set_yticks(range(0, len(wide), max(1, len(wide) // 10)))
     figure.colorbar(image, ax=ax, label="log10 of nats over the task's last value")
     return figure
 
@@ -210,6 +216,26 @@ def _log_snr_axis(ax: "Axes", log_snr: "np.ndarray", t: "np.ndarray") -> None:
 
 def _log(table: "pd.DataFrame") -> "pd.DataFrame":
     return table.apply(np.log)
+
+
+def _again(folder: Path) -> list[str]:
+    arms = read_json(folder / "run.json")["config"]["arms"]
+    return [name for name, spec in arms.items() if spec["fresh_seeds"]]
+
+
+def _colours(arms: list[str], again: list[str]) -> list[tuple[str, str]]:
+    """Arms with their colours; A/A arms are grey and come first, so that they lie below."""
+    coloured = [arm for arm in arms if arm not in again]
+    return [(arm, "#aaaaaa") for arm in again if arm in arms] + list(zip(coloured, COLOURS, strict=False))
+
+
+def _legend(figure: "Figure", ax: "Axes", again: list[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles, labels = ax.get_legend_handles_labels()
+    handles += [Patch(color="#aaaaaa", alpha=0.4) for _ in again]
+    labels += [f"{name} (A/A), interval" for name in again]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
 
 
 def _half_width(sd: "np.ndarray", n: "np.ndarray") -> "np.ndarray":
