@@ -408,6 +408,56 @@ def evaluate(
         print(f"  {name:10} {value:.4f}   (between two halves of the data: {report['split_half'][name]:.4f})")
 
 
+def quickstart(
+    data: Text,
+    out: Path,
+    process: str = "vp-linear",
+    tasks: int = 20,
+    expert_seeds: int = 3,
+    expert_budget: int = 400,
+    compare_seeds: int = 6,
+    steps: int = 2000,
+    network: str = "mlp",
+    workers: int = 0,
+) -> None:
+    """The whole path in a few minutes: measure, rank, cluster, train in pairs, compare, figures, what was found.
+
+    Example: training quickstart digits --out runs/quickstart-digits
+
+    Args:
+        data: Built-in data set, array file, or folder of images.
+        out: Folder to write; an interrupted run goes on where it stopped.
+        process: Forward process by name.
+        tasks: Number of denoising tasks.
+        expert_seeds: Experts per task.
+        expert_budget: Iterations of an expert at which difficulty is read off.
+        compare_seeds: Paired seeds of the comparison.
+        steps: Iterations of every run of the comparison.
+        network: mlp, unet or dit, with options as in mlp:width=256.
+        workers: Processes of the comparison, 0 for one per core.
+    """
+    from difficulty.cli import StageBars
+    from training.quickstart import QuickstartPlan
+    from training.quickstart import quickstart as run_quickstart
+
+    plan = QuickstartPlan(
+        process=process,
+        tasks=tasks,
+        expert_seeds=expert_seeds,
+        expert_budget=expert_budget,
+        compare_seeds=compare_seeds,
+        steps=steps,
+        network=network,
+        workers=workers or _cores(),
+    )
+    bars = StageBars()
+    try:
+        lines = run_quickstart(data, out, plan, progress=bars)
+    finally:
+        bars.close()
+    print("\n".join(lines))
+
+
 def plot(folder: File) -> None:
     """Draw the figures of a run or a comparison again from its CSV files.
 
@@ -473,6 +523,7 @@ SUBCOMMANDS: Mapping[str, Callable[..., Any]] = {
     "validate": validate,
     "run": run,
     "compare": compare,
+    "quickstart": quickstart,
     "sample": sample,
     "evaluate": evaluate,
     "plot": plot,

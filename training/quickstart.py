@@ -6,6 +6,7 @@ The folder holds ``measurement/`` (see `difficulty.measurement`), ``curriculum.j
 
 __all__ = ["QuickstartPlan", "quickstart", "summarise"]
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,10 @@ class QuickstartPlan:
     tasks: int = 20
     expert_seeds: int = 3
     expert_budget: int = 400
-    compare_seeds: int = 5
-    steps: int = 1500
+    compare_seeds: int = 6
+    steps: int = 2000
     network: str = "mlp"
-    workers: int = 2
+    workers: int = 1
 
 
 def quickstart(
@@ -94,7 +95,7 @@ def quickstart(
         out=out / "comparison",
         network=plan.network,
         workers=plan.workers,
-        progress=progress,
+        progress=None if progress is None else lambda _, done, total: progress("paired runs", done, total),
     )
     draw_folder(out / "comparison")
     lines = summarise(out, dataset, plan)
@@ -152,9 +153,8 @@ def _spans(members: list[int], tasks: list[RankingTask]) -> str:
 
 def _effect_line(effects: pd.DataFrame, arm: str) -> str:
     rows = effects[effects["arm"] == arm]
-    shown = (
-        f"{row['metric']} {100 * row['log_ratio']:+.1f} % [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}] "
-        f"{row['verdict']}"
-        for _, row in rows.iterrows()
-    )
-    return f"  {arm}: " + "; ".join(shown)
+    parts = []
+    for row in rows.to_dict("records"):
+        change, low, high = (100 * math.expm1(row[name]) for name in ("log_ratio", "ci_low", "ci_high"))
+        parts.append(f"{row['metric']} {change:+.1f} % [{low:+.1f}, {high:+.1f}] {row['verdict']}")
+    return f"  {arm}: " + "; ".join(parts)
