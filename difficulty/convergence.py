@@ -1,4 +1,4 @@
-"""How fast experts converge, from their held-out losses: three definitions side by side.
+"""How fast experts converge, from their held-out losses: seven definitions side by side.
 
 With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i iterations and L* the floor,
 
@@ -7,10 +7,17 @@ With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i 
     log_regret    mean over log-spaced iterations up to the budget of log e(i): the whole curve in one number.
     paper_style   iterations until (L(i) - L_end) / (L(0) - L_end) falls to 0.1, the curve's own end being the limit
                   (arXiv 2403.10348); depends on the prediction and on the budget, and a stuck expert looks easy.
+    paper_style_floor  the same with L* as the limit; censored where the budget ends before.
+    normalised_area    mean over log-spaced iterations of (L(i) - L_end) / (L(0) - L_end).
+    exponential   time constant of the least-squares fit L(i) = c + a exp(-i/time).
+    power_law     slope of log e(i) against log i over the second half of the log-spaced iterations; 0 is no progress.
 
-Larger is harder in all three. For an exact law L* is the Bayes loss and e is E|eps_hat - E[eps|x_t]|^2 / 2, free of the
-noise of the floor. Otherwise L* is the least mean loss on the same draws over all seeds, all checkpoints up to twice the
-budget, and a Gaussian denoiser: an upper bound of the floor, so that e is a lower bound.
+Larger is harder in all of them. The first two survive a change of prediction and of optimizer, the others are what
+papers use and are kept for comparison.
+
+For an exact law L* is the Bayes loss and e is E|eps_hat - E[eps|x_t]|^2 / 2, free of the noise of the floor. Otherwise
+L* is the least mean loss on the same draws over all seeds, all checkpoints up to twice the budget, and a Gaussian
+denoiser: an upper bound of the floor, so that e is a lower bound.
 
 Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
@@ -18,12 +25,14 @@ variance is shrunk towards its median over the tasks, because a handful of seeds
 
 __all__ = ["DEFINITIONS", "INTERVAL_LEVEL", "convergence_table", "loss_table"]
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import chi2
 from scipy.stats import t as student_t
 
@@ -166,14 +175,29 @@ def log_regret(curves: LearningCurves) -> SeedValues:
 
 def paper_style(curves: LearningCurves) -> SeedValues:
     """Iterations until 90 % of the fall from the first to the last held-out loss has happened."""
-    S, K, _ = curves.loss.shape
+    return _iterations_to_fall(curves, _remaining(curves))
+
+
+def paper_style_floor(curves: LearningCurves) -> SeedValues:
+    """Iterations until 90 % of the way from the first held-out loss to the floor is done."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _iterations_to_fall(curves, curves.excess / curves.excess[..., :1])
+
+
+def _remaining(curves: LearningCurves) -> Array:
+    """Share of the fall to the curve's own end that is still to come, (S, K, C)."""
     first, end = curves.loss[..., :1], curves.loss[..., -1:]
     with np.errstate(invalid="ignore", divide="ignore"):
-        remaining = (curves.loss - end) / (first - end)
+        return (curves.loss - end) / (first - end)
+
+
+def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
+    """First crossing of 10 % remaining, interpolated in log iteration; the budget, censored, where there is none."""
+    S, K, C = remaining.shape
     below = remaining <= 1 - PAPER_FALL
-    # The last checkpoint is always below: its own value is the limit. Crossing there says "not before the budget".
-    crossing = below.argmax(-1)
-    censored = (crossing >= len(curves.iterations) - 1) | (first[..., 0] <= end[..., 0])
+    crossing = np.where(below.any(-1), below.argmax(-1), C - 1)
+    # With a curve's own end as the limit its last point is always below: crossing there says "not before the budget".
+    censored = crossing >= C - 1
     value = np.empty((S, K))
     for s, k in np.ndindex(S, K):
         j = max(int(crossing[s, k]), 1)
@@ -181,15 +205,69 @@ def paper_style(curves: LearningCurves) -> SeedValues:
         share = (before - (1 - PAPER_FALL)) / (before - after) if before > after else 1.0
         low, high = np.log(max(curves.iterations[j - 1], 0.5)), np.log(curves.iterations[j])
         value[s, k] = low + np.clip(share, 0, 1) * (high - low)
-    # A stuck expert falls by nothing quickly: it has no rate, rather than a good one.
+    return _rate(curves, value, np.asarray(censored.any(0)), "iterations", log=True)
+
+
+def _rate(
+    curves: LearningCurves, value: Array, censored: npt.NDArray[np.bool_], unit: str, *, log: bool
+) -> SeedValues:
+    """A rate of the fall: a stuck expert falls by nothing quickly, and has no rate rather than a good one."""
     value[:, curves.stuck] = np.nan
-    return SeedValues(value, np.zeros(K), censored.any(0), True, "iterations")
+    return SeedValues(value, np.zeros(value.shape[1]), censored, log, unit)
+
+
+def normalised_area(curves: LearningCurves) -> SeedValues:
+    """Mean over log-spaced iterations of the share of the fall that is still to come."""
+    value = _remaining(curves)[..., 1:].mean(-1)
+    return _rate(curves, value, np.zeros(value.shape[1], dtype=bool), "share of the fall", log=False)
+
+
+def exponential(curves: LearningCurves) -> SeedValues:
+    """Time constant of an exponential fit to the held-out loss; censored where it exceeds the budget."""
+    S, K, _ = curves.loss.shape
+    budget = curves.iterations[-1]
+    value = np.full((S, K), np.nan)
+    for s, k in np.ndindex(S, K):
+        loss = curves.loss[s, k]
+        if not np.isfinite(loss).all() or loss[0] == loss[-1]:
+            continue
+        # Fitted on a curve of unit fall, in the logarithm of the time constant, which keeps it positive.
+        scaled = (loss - loss[-1]) / (loss[0] - loss[-1])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OptimizeWarning)  # about a covariance that is not used
+                (_, _, log_time), _ = curve_fit(
+                    _exponential_fall, curves.iterations, scaled, p0=(0.0, 1.0, np.log(budget / 5)), maxfev=2000
+                )
+        except RuntimeError:  # no convergence: this curve is no exponential at all
+            continue
+        value[s, k] = log_time
+    censored = np.asarray((value > np.log(budget)).any(0) | np.isnan(value).any(0))
+    return _rate(curves, value, censored, "iterations", log=True)
+
+
+def _exponential_fall(iteration: Array, end: float, height: float, log_time: float) -> Array:
+    return end + height * np.exp(-iteration * np.exp(-log_time))
+
+
+def power_law(curves: LearningCurves) -> SeedValues:
+    """Least-squares slope of log excess against log iteration over the second half of the checkpoints."""
+    half = 1 + (len(curves.iterations) - 1) // 2
+    x = np.log(curves.iterations[half:])
+    y = np.log(_resolvable(curves)[..., half:])
+    centred = x - x.mean()
+    value = (centred * y).sum(-1) / (centred**2).sum()
+    return _rate(curves, value, np.zeros(value.shape[1], dtype=bool), "d log excess / d log iterations", log=False)
 
 
 DEFINITIONS: Mapping[str, Callable[[LearningCurves], SeedValues]] = {
     "excess_nats": excess_nats,
     "log_regret": log_regret,
     "paper_style": paper_style,
+    "paper_style_floor": paper_style_floor,
+    "normalised_area": normalised_area,
+    "exponential": exponential,
+    "power_law": power_law,
 }
 
 

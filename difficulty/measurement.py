@@ -1,7 +1,8 @@
 """The measurement of task difficulty from data to ranking: experts, relative entropy, and the folder they are kept in.
 
-A measurement folder holds run.json, process.csv, losses.csv and convergence.csv (experts), relative_entropy.csv
-(marginals), ranking.json, and figures drawn from these files. ``rank_folder`` makes ranking.json again from the tables.
+A measurement folder holds run.json, process.csv, losses.csv, convergence.csv and stability.csv (experts),
+relative_entropy.csv (marginals), ranking.json, and figures drawn from these files. ``rank_folder`` makes ranking.json
+again from the tables.
 """
 
 __all__ = ["MEASURES", "Measurement", "measure", "rank_folder"]
@@ -31,6 +32,7 @@ from difficulty.records import (
     write_table,
 )
 from difficulty.relative_entropy import ESTIMATORS, kl
+from difficulty.stability import stability_sentences, stability_table
 from difficulty.tasks import Task, make_tasks
 
 PARTIAL_EXPERTS = "experts.partial.safetensors"
@@ -157,6 +159,7 @@ def _measure_convergence(request: _Request) -> None:
     losses = loss_table(curves, plan.seeds, plan.batch)
     write_table(request.out / "losses.csv", losses)
     write_table(request.out / "convergence.csv", convergence_table(losses, plan.budget))
+    write_table(request.out / "stability.csv", stability_table(losses, plan.budget))
 
 
 def _measure_relative_entropy(request: _Request) -> None:
@@ -200,7 +203,10 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
         provenance={"kind": "experts", "plan": config["plan"], "estimator": config["estimator"], "sha256": sources},
         notes=notes,
     )
-    ranking = ranking.model_copy(update={"process": config["process_fingerprint"]})
+    verdict = list(ranking.verdict)
+    if "convergence" in config["measures"]:
+        verdict += stability_sentences(read_table(folder / "stability.csv"), ranking.measures)
+    ranking = ranking.model_copy(update={"process": config["process_fingerprint"], "verdict": verdict})
     ranking.save(folder / "ranking.json")
     return ranking
 

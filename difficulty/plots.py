@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PAGE_WIDTH = 7.2  # inches
+SHOWN_MEASURES = (
+    "excess_nats", "log_regret", "paper_style", "relative_entropy", "relative_entropy_per_dlogsnr2",
+)  # fmt: skip
 LOG_SNR_LABEL = "log-SNR  (clean data left, noise right)"
 
 
@@ -63,6 +66,11 @@ def add_t_axis(axes: "Axes", t: Array, log_snr: Array, ticks: int = 7) -> None:
     upper.grid(False)
 
 
+def _shown(ranking: Ranking) -> dict[str, MeasureRanking]:
+    """The measures that a figure has room for; the others stand in the files and in the notebooks."""
+    return {name: measure for name, measure in ranking.measures.items() if name in SHOWN_MEASURES}
+
+
 def _middles(ranking: Ranking) -> tuple[Array, Array]:
     """Log-SNR and t at the middle of every task; a task that ends at -inf is drawn one unit below its upper end."""
     high = np.array([task.log_snr_high for task in ranking.tasks])
@@ -77,11 +85,12 @@ def difficulty_figure(folder: Path) -> "Figure":
 
     ranking = Ranking.load(folder)
     x, t = _middles(ranking)
-    count = len(ranking.measures)
+    measures = _shown(ranking)
+    count = len(measures)
     figure, panels = plt.subplots(
         count, 1, figsize=(PAGE_WIDTH, 1.0 + 1.7 * count), sharex=True, squeeze=False, layout="constrained"
     )
-    for index, (axes, (name, measure)) in enumerate(zip(panels[:, 0], ranking.measures.items(), strict=True)):
+    for index, (axes, (name, measure)) in enumerate(zip(panels[:, 0], measures.items(), strict=True)):
         _series(axes, x, measure, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
         label = f"{name}\n[{measure.unit}]"
         axes.text(0.99, 0.94, label, transform=axes.transAxes, ha="right", va="top", fontsize=9)
@@ -116,11 +125,12 @@ def rank_figure(folder: Path) -> "Figure":
 
     ranking = Ranking.load(folder)
     log_snr, t = _middles(ranking)
-    count = len(ranking.measures)
+    measures = _shown(ranking)
+    count = len(measures)
     figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
     # One slot per task, so that the measures stand side by side; tasks run from clean to noisy like every axis here.
     slot = np.arange(len(t), dtype=np.float64)
-    for index, (name, measure) in enumerate(ranking.measures.items()):
+    for index, (name, measure) in enumerate(measures.items()):
         rank, low, high = (np.array(v, dtype=np.float64) for v in (measure.rank, measure.rank_low, measure.rank_high))
         shift = 0.64 * (index / max(count - 1, 1) - 0.5)
         axes.errorbar(

@@ -1,48 +1,16 @@
 """Definitions of convergence on learning curves whose answers are known."""
 
 import numpy as np
-import pandas as pd
 import pytest
+from learning_curves import BUDGET, exponential, losses_of
 
 from difficulty.convergence import convergence_table, loss_table
 from difficulty.errors import InputError
 from difficulty.experts import ExpertCurves, log_spaced_iterations
 
-BUDGET = 1000
-ITERATIONS = [0, *log_spaced_iterations(BUDGET, 60), 2 * BUDGET]
-FLOOR = 3.0
-
-
-def losses_of(curves, seeds=(0, 1, 2), noise=0.0):
-    """losses.csv of tasks whose excess over the floor is the given function of the iteration, in nats."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "task": task,
-            "seed": seed,
-            "iteration": iteration,
-            "samples": iteration * 8,
-            "heldout_loss": FLOOR + 2 * excess,
-            "floor": FLOOR,
-            "floor_kind": "exact",
-            "excess_nats": excess,
-            "excess_se": 1e-9,
-        }
-        for task, curve in enumerate(curves)
-        for seed in seeds
-        for factor in [np.exp(noise * rng.standard_normal())]
-        for iteration in ITERATIONS
-        for excess in [factor * curve(iteration)]
-    ]
-    return pd.DataFrame(rows)
-
 
 def value(table, definition, task=0, column="value"):
     return table[(table["definition"] == definition) & (table["task"] == task)][column].item()
-
-
-def exponential(rate, height=1.0):
-    return lambda i: height * np.exp(-i / rate)
 
 
 def test_excess_is_half_the_loss_above_the_floor_at_the_budget_not_after_it():
@@ -138,3 +106,29 @@ def test_a_diverged_expert_is_no_floor():
 def test_a_foreign_table_is_refused():
     with pytest.raises(InputError, match=r"losses\.csv lacks the column\(s\) excess_nats, excess_se"):
         convergence_table(losses_of([exponential(9)]).drop(columns=["excess_nats", "excess_se"]), BUDGET)
+
+
+def test_paper_style_with_the_floor_as_limit_is_censored_where_the_budget_ends_before():
+    table = convergence_table(losses_of([exponential(100), exponential(5000)]), BUDGET)
+    np.testing.assert_allclose(value(table, "paper_style_floor", 0), 100 * np.log(10), rtol=0.03)
+    assert not value(table, "paper_style_floor", 0, "censored")
+    assert value(table, "paper_style_floor", 1, "censored")
+    np.testing.assert_allclose(value(table, "paper_style_floor", 1), BUDGET)
+
+
+@pytest.mark.parametrize("rate", [30, 100, 300])
+def test_the_exponential_fit_finds_the_time_constant(rate):
+    table = convergence_table(losses_of([exponential(rate)]), BUDGET)
+    np.testing.assert_allclose(value(table, "exponential"), rate, rtol=1e-3)
+
+
+@pytest.mark.parametrize("exponent", [0.3, 1.0, 2.0])
+def test_the_power_law_fit_finds_the_exponent(exponent):
+    table = convergence_table(losses_of([lambda i: max(i, 1) ** -exponent]), BUDGET)
+    np.testing.assert_allclose(value(table, "power_law"), -exponent, rtol=1e-6)
+
+
+def test_the_normalised_area_does_not_change_with_the_scale_of_the_loss():
+    table = convergence_table(losses_of([exponential(100), exponential(100, 50.0), exponential(300)]), BUDGET)
+    np.testing.assert_allclose(value(table, "normalised_area", 0), value(table, "normalised_area", 1))
+    assert value(table, "normalised_area", 2) > value(table, "normalised_area", 0)

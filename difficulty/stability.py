@@ -1,0 +1,75 @@
+"""Does a ranking survive another budget, another seed? The same definitions on parts of the same learning curves.
+
+stability.csv holds, per definition, variant and task, the value and its rank (1 = easiest). Variants are the budget
+itself, half of it, twice it, and every seed alone at the budget. A rank survives if it lies, at half and at twice the
+budget, within its own 90 % interval at the budget.
+"""
+
+__all__ = ["STABILITY_COLUMNS", "stability_sentences", "stability_table"]
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau, rankdata
+
+from difficulty.convergence import convergence_table
+from difficulty.process import Array
+from difficulty.ranking import MeasureRanking
+from difficulty.records import check_columns
+
+STABILITY_COLUMNS = ("definition", "variant", "task", "value", "rank")
+BUDGET, HALF, DOUBLE = "budget", "half budget", "double budget"
+
+
+def stability_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
+    """stability.csv from losses.csv.
+
+    Args:
+        losses: losses.csv, with checkpoints up to twice the budget.
+        budget: iterations at which difficulty is read off.
+
+    Returns:
+        Columns ``STABILITY_COLUMNS``.
+    """
+    variants = {BUDGET: (losses, budget), HALF: (losses, budget // 2), DOUBLE: (losses, 2 * budget)}
+    for seed, part in losses.groupby("seed"):
+        variants[f"seed {seed}"] = (part, budget)
+    parts = []
+    for variant, (rows, iterations) in variants.items():
+        table = convergence_table(rows, iterations)[["definition", "task", "value"]]
+        parts.append(table.assign(variant=variant))
+    stacked = pd.concat(parts, ignore_index=True)
+    stacked["rank"] = stacked.groupby(["definition", "variant"])["value"].transform(_ranks)
+    return stacked[list(STABILITY_COLUMNS)]
+
+
+def _ranks(values: pd.Series) -> Array:
+    """Ranks from 1; a task without a value could not be learned and is hardest."""
+    return rankdata(values.fillna(np.inf), method="average")
+
+
+def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanking]) -> list[str]:
+    """One sentence per definition: agreement of the budgets and seeds, and how many ranks survive."""
+    check_columns(table, STABILITY_COLUMNS, "stability.csv")
+    sentences = []
+    for definition, part in table.groupby("definition", sort=False):
+        ranks = part.pivot(index="task", columns="variant", values="rank")
+        measure = measures[str(definition)]
+        low, high = (np.array(v, dtype=np.float64) for v in (measure.rank_low, measure.rank_high))
+        survive = np.ones(len(ranks), dtype=bool)
+        for variant in (HALF, DOUBLE):
+            survive &= (low <= ranks[variant]) & (ranks[variant] <= high)
+        seeds = [name for name in ranks.columns if str(name).startswith("seed ")]
+        between = [_tau(ranks[a], ranks[b]) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+        sentence = (
+            f"{definition} at half the budget tau {_tau(ranks[BUDGET], ranks[HALF]):+.2f}, at twice the budget tau "
+            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}; {int(survive.sum())} of {len(ranks)} ranks survive both"
+        )
+        sentences.append(sentence + (f"; between seeds tau at least {min(between):+.2f}." if between else "."))
+    return sentences
+
+
+def _tau(first: pd.Series, second: pd.Series) -> float:
+    """Kendall's tau-b; 0 where one side is all ties."""
+    return float(np.nan_to_num(kendalltau(first, second).statistic))

@@ -1,0 +1,56 @@
+"""Which rankings survive another budget or seed."""
+
+import numpy as np
+import pytest
+from learning_curves import BUDGET, exponential, losses_of
+
+from difficulty.convergence import convergence_table
+from difficulty.measurement import convergence_estimates
+from difficulty.process import get_process
+from difficulty.ranking import rank_tasks
+from difficulty.stability import stability_sentences, stability_table
+from difficulty.tasks import make_tasks
+
+
+def sentence_of(losses, definition, tasks):
+    estimates = convergence_estimates(convergence_table(losses, BUDGET), tasks)
+    process = get_process("vp-linear")
+    ranking = rank_tasks(
+        estimates, make_tasks(process, tasks), process, dataset={}, grid="t", provenance={}
+    )
+    sentences = stability_sentences(stability_table(losses, BUDGET), ranking.measures)
+    return next(s for s in sentences if s.startswith(definition + " "))
+
+
+def test_curves_that_never_cross_keep_their_ranks_at_every_budget():
+    losses = losses_of([exponential(rate) for rate in (100, 150, 200, 300, 500)])
+    sentence = sentence_of(losses, "excess_nats", 5)
+    assert "half the budget tau +1.00" in sentence
+    assert "twice the budget tau +1.00" in sentence
+    assert "5 of 5 ranks survive both" in sentence
+    assert "between seeds tau at least +1.00" in sentence
+
+
+def test_curves_that_cross_after_the_budget_lose_their_ranks():
+    # Low at first but flat, against high at first but falling: the order turns round between budget and twice it.
+    losses = losses_of([exponential(1e6, 0.02 * (k + 1)) for k in range(3)] + [exponential(250, 5.0)])
+    sentence = sentence_of(losses, "excess_nats", 4)
+    assert "twice the budget tau +1.00" not in sentence
+    assert "4 of 4" not in sentence
+
+
+def test_ranks_stand_in_the_table_for_every_variant():
+    losses = losses_of([exponential(rate) for rate in (100, 200, 400)])
+    table = stability_table(losses, BUDGET)
+    assert set(table["variant"]) == {"budget", "half budget", "double budget", "seed 0", "seed 1", "seed 2"}
+    assert (table.groupby(["definition", "variant"])["rank"].sum() == 6).all()
+    half = table[(table["definition"] == "excess_nats") & (table["variant"] == "half budget")]
+    # The checkpoint at or before half the budget.
+    nearest = losses.loc[losses["iteration"] <= BUDGET // 2, "iteration"].max()
+    np.testing.assert_allclose(half["value"], [np.exp(-nearest / rate) for rate in (100, 200, 400)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("definition", ["excess_nats", "log_regret"])
+def test_noise_between_seeds_shows_in_the_agreement(definition):
+    losses = losses_of([exponential(500 * 1.02**k) for k in range(6)], noise=0.3)
+    assert "between seeds tau at least +1.00" not in sentence_of(losses, definition, 6)
