@@ -30,7 +30,7 @@ def kl(
     pairs: Sequence[int] | None = None,
     tasks: int | None = None,
     samples: int = 4000,
-    bootstrap: int = 6,
+    bootstrap: int = 12,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:

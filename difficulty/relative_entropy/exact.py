@@ -15,7 +15,7 @@ from difficulty.errors import InputError
 from difficulty.laws import GaussianMixture, Law
 from difficulty.randomness import torch_generator
 from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
-from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
+from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, gaussian_residual
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
@@ -24,6 +24,8 @@ Array = npt.NDArray[np.float64]
 
 EXACT_STREAM = 11
 BLOCK_BYTES = 2**28
+# log s that stands for alpha = 0, where s is infinite.
+TAU_AT_INFINITY = 30.0
 
 
 def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
@@ -40,7 +42,9 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         values, mean = law.eigenvalues[0].numpy(), law._rotated_means[0].numpy()
         kl, kl_reverse = gaussian_kl(pairs, values, mean), gaussian_kl(pairs, values, mean, reverse=True)
         se = np.zeros(m)
-        i_min = _i_min(gaussian_profile(pairs.tau, values, mean)) if np.isfinite(pairs.tau).all() else np.full(m, np.nan)
+        tau = np.minimum(pairs.tau, TAU_AT_INFINITY)
+        profile = gaussian_profile(tau, values, mean)
+        i_min = gaussian_residual(tau, profile[:, 1] / profile[:, 2], values, mean)
     else:
         x0, eps = law_draws(law, settings.samples, settings.seed)
         kl, se, kl_reverse, i_min = kl_of_law(law, pairs, x0, eps, settings)
@@ -63,8 +67,9 @@ def kl_of_law(
     forward, backward = log_ratios(law, pairs, x0, eps, settings)
     (kl, se), (kl_reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
     flow, dilation = time_scores(law, pairs.tau, x0, eps)
-    profile = torch.stack([flow.square().mean(1), (flow * dilation).mean(1), dilation.square().mean(1)], 1).numpy()
-    return kl.numpy(), se.numpy(), kl_reverse.numpy(), _i_min(profile)
+    beta = (flow * dilation).mean(1, keepdim=True) / dilation.square().mean(1, keepdim=True)
+    i_min = (flow - beta * dilation).square().mean(1)
+    return kl.numpy(), se.numpy(), kl_reverse.numpy(), i_min.numpy()
 
 
 def log_ratios(law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -94,7 +99,8 @@ def time_scores(law: Law, tau: Array, x0: Tensor, eps: Tensor) -> tuple[Tensor, 
     if isinstance(law, GaussianMixture):
         parts = [MixtureKernel(law, x0[r], eps[r]).time_score(tau[finite]) for r in _blocks(law, len(x0))]
         flows, dilations = zip(*parts, strict=True)
-        flow[torch.from_numpy(finite)], dilation[torch.from_numpy(finite)] = torch.cat(flows, 1), torch.cat(dilations, 1)
+        where = torch.from_numpy(finite)
+        flow[where], dilation[where] = torch.cat(flows, 1), torch.cat(dilations, 1)
         return flow, dilation
     for i in np.flatnonzero(finite):
         s = float(np.exp(tau[i]))
@@ -106,6 +112,3 @@ def _blocks(law: GaussianMixture, n: int) -> list[slice]:
     size = max(1, n * BLOCK_BYTES // max(MixtureKernel.bytes_needed(law, n), 1))
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
-
-def _i_min(profile: Array) -> Array:
-    return profile[:, 0] - profile[:, 1] ** 2 / profile[:, 2]

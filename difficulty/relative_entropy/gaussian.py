@@ -9,7 +9,7 @@ The profile (F5) of the same law, with b_k = s^2/(lam_k + s^2) and, for a mean, 
     A = 2 sum b^2,   B = -2 sum b,   C = 2 D + sum c.
 """
 
-__all__ = ["gaussian_kl", "gaussian_profile"]
+__all__ = ["gaussian_kl", "gaussian_profile", "gaussian_residual"]
 
 import numpy as np
 import numpy.typing as npt
@@ -43,3 +43,10 @@ def gaussian_profile(tau: Array, eigenvalues: Array, mean: Array) -> Array:
     b = s2 / v
     dilation = 2.0 * len(eigenvalues) + (mean**2 / v).sum(1)
     return np.stack([2 * (b**2).sum(1), -2 * b.sum(1), dilation], 1)
+
+
+def gaussian_residual(tau: Array, beta: Array, eigenvalues: Array, mean: Array) -> Array:
+    """E[(F - beta q)^2] = 2 sum (b + beta)^2 + beta^2 sum m^2/v at tau = log s, shape (m,)."""
+    s2 = np.exp(2 * tau)[:, None]
+    v = eigenvalues + s2
+    return 2 * ((s2 / v + beta[:, None]) ** 2).sum(1) + beta**2 * (mean**2 / v).sum(1)

@@ -21,6 +21,8 @@ Array = npt.NDArray[np.float64]
 ORDER_SEED = 5
 # Variance below this share of the largest is rounding of float32 input (2^-24 squared is 4e-15), not data.
 NULL_SHARE = 1e-12
+# A law is taken for discrete if fewer than this share of the draws are without a copy.
+DISCRETE_SHARE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,9 @@ class Sample:
         mean: the mean along the same axes, shape (r,).
         null_mean: the mean along the axes without variance, as one length (their direction does not matter).
         dim: D, of which D - r axes have no variance.
+        discrete: whether the law consists of atoms that the sample repeats.
+        missing: share of the draws that occurred only once; of a discrete law about the share that was not seen (Good).
+        step: smallest step between the values of a coordinate if all of them are quantised, otherwise 0.
     """
 
     rows: Array
@@ -42,6 +47,9 @@ class Sample:
     mean: Array
     null_mean: float
     dim: int
+    discrete: bool
+    missing: float
+    step: float
 
     @property
     def n(self) -> int:
@@ -73,8 +81,15 @@ class Sample:
 def make_sample(dataset: Dataset) -> Sample:
     """Pool, order and rotate the rows of a data set."""
     parts = [part.reshape(len(part), -1) for part in (dataset.train, dataset.heldout)]
-    x = np.unique(torch.cat(parts).numpy(), axis=0, return_counts=True)
-    rows, counts = x[0].astype(np.float64), x[1].astype(np.float64)
+    pooled = torch.cat(parts).numpy()
+    rows, counts = np.unique(pooled, axis=0, return_counts=True)
+    step = _step(rows)
+    if (counts == counts[0]).all():
+        # Every row equally often is a file that was concatenated with itself, not a law of atoms.
+        counts = np.ones_like(counts)
+    missing = float((counts == 1).sum() / counts.sum())
+    discrete = bool(missing < DISCRETE_SHARE)
+    rows, counts = rows.astype(np.float64), counts.astype(np.float64)
     mean = np.average(rows, axis=0, weights=counts)
     rows = rows - mean
     order = np.argsort((rows**2).sum(1), kind="stable")
@@ -82,7 +97,21 @@ def make_sample(dataset: Dataset) -> Sample:
     rows, counts = rows[order], counts[order]
     values, axes = _principal_axes(rows, counts)
     null_mean = float(np.sqrt(max((mean**2).sum() - ((mean @ axes) ** 2).sum(), 0.0)))
-    return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1])
+    return Sample(
+        rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, 0.0 if discrete else step
+    )
+
+
+def _step(rows: npt.NDArray[np.float32]) -> float:
+    """Smallest step between values, if every coordinate takes few enough of them to be quantised; otherwise 0."""
+    steps = []
+    for column in rows.T:
+        values = np.unique(column)
+        if len(values) > min(256, len(rows) // 4):
+            return 0.0
+        if len(values) > 1:
+            steps.append(float(np.diff(values).min()))
+    return min(steps, default=0.0)
 
 
 def _principal_axes(rows: Array, counts: Array) -> tuple[Array, Array]:

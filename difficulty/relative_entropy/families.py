@@ -1,0 +1,184 @@
+"""Families of laws that can be fitted to rows, each one function with the same arguments."""
+
+__all__ = ["Candidate", "Plan", "fit_candidate", "has_independent_axes"]
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.laws import GaussianMixture
+from difficulty.relative_entropy.fits import Block, Fit, GaussianBlock, MixtureBlock, ProductBlock
+from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit_scale_mixture, responsibilities
+
+Array = npt.NDArray[np.float64]
+
+BINS = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A family with its options.
+
+    Args:
+        family: gaussian, mixture, scale, product or atoms.
+        components: K.
+        strength: weight of the pooled covariance of a mixture, in samples.
+    """
+
+    family: str
+    components: int = 1
+    strength: float = 0.0
+
+    def parameters(self, d: int) -> int:
+        """Number of free parameters on d axes."""
+        shape = d * (d + 1) // 2
+        if self.family == "mixture":
+            return self.components * d + (shape if np.isinf(self.strength) else self.components * shape)
+        others = {"gaussian": shape, "scale": shape + self.components, "product": 3 * self.components * d, "atoms": 0}
+        return d + others[self.family]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is the same for every fit to one sample.
+
+    Args:
+        leading: number of leading principal axes that a mixture models; the others are Gaussian.
+        floor: smallest variance of a component.
+        seed: of k-means and of the search for independent axes.
+    """
+
+    leading: int
+    floor: float
+    seed: int
+
+
+def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, like: Fit | None = None) -> Fit:
+    """Fit a candidate to rows (n, r), counts (n,); ``like`` is an earlier fit to start from."""
+    d, original = rows.shape[1], rows
+    if candidate.family == "gaussian":
+        return Fit([(slice(0, d), _gaussian(rows, counts))])
+    if candidate.family == "product":
+        # The axes are searched in the same rows: axes found in all of them would hide the error of finding them.
+        axes = independent_axes(rows, counts, plan.seed)
+        weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor)
+        return Fit([(slice(0, d), ProductBlock(axes, weights, means, variances))])
+    if candidate.family == "atoms":
+        law = GaussianMixture(counts, rows, np.zeros((len(rows), 1, 1)) * np.eye(d))
+        return Fit([(slice(0, d), MixtureBlock(law))])
+    leading = min(plan.leading, d)
+    rotation = None
+    if leading < d:
+        # Principal axes of these rows, for the same reason.
+        rotation = _principal(rows, counts)[1]
+        rows = rows @ rotation
+    inner = rows[:, :leading]
+    if candidate.family == "scale":
+        law = fit_scale_mixture(inner, counts, candidate.components, plan.floor)
+    else:
+        start: Tensor | None = None
+        if like is not None:
+            block = like.blocks[0][1]
+            assert isinstance(block, MixtureBlock)
+            earlier = original if like.axes is None else original @ like.axes.numpy()
+            start = responsibilities(block.law, earlier[:, :leading])
+        options = MixtureOptions(candidate.components, candidate.strength)
+        law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start)
+    blocks: list[tuple[slice, Block]] = [(slice(0, leading), MixtureBlock(law))]
+    if leading < d:
+        rest = rows[:, leading:]
+        mean = np.average(rest, axis=0, weights=counts)
+        variance = np.average((rest - mean) ** 2, axis=0, weights=counts)
+        blocks.append((slice(leading, d), GaussianBlock(variance, mean)))
+    return Fit(blocks, None if rotation is None else torch.from_numpy(rotation))
+
+
+def _principal(rows: Array, counts: Array) -> tuple[Array, Array]:
+    """Variances and principal axes (d, d), largest first."""
+    centred = (rows - np.average(rows, axis=0, weights=counts)) * np.sqrt(counts / counts.sum())[:, None]
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    values = singular**2
+    if len(values) < rows.shape[1]:
+        full, _ = np.linalg.qr(np.concatenate([axes.T, np.eye(rows.shape[1])], 1))
+        axes, values = full.T, np.concatenate([values, np.zeros(rows.shape[1] - len(values))])
+    return values, np.ascontiguousarray(axes.T)
+
+
+def _gaussian(rows: Array, counts: Array) -> GaussianBlock:
+    values, axes = _principal(rows, counts)
+    return GaussianBlock(values, np.average(rows, axis=0, weights=counts) @ axes, axes)
+
+
+def fit_axes(x: Array, counts: Array, components: int, floor: float, iterations: int = 200) -> tuple[Array, Array, Array]:
+    """One-dimensional mixtures along every column at once: weights, means, variances, each (d, K).
+
+    The sorted column is cut into at most 256 bins of equal mass, each kept with its mean and variance, which leaves the
+    likelihood of a component wider than a bin unchanged.
+    """
+    n, d = x.shape
+    order = np.argsort(x, axis=0, kind="stable")
+    ordered, mass = np.take_along_axis(x, order, 0), counts[order]
+    edges = np.unique(np.linspace(0, n, min(BINS, n) + 1).astype(int))[:-1]
+    w = np.add.reduceat(mass, edges, axis=0).T
+    mean = np.add.reduceat(mass * ordered, edges, axis=0).T / w
+    spread = (np.add.reduceat(mass * ordered**2, edges, axis=0).T / w - mean**2).clip(min=0.0)
+    total = w.sum(1, keepdims=True)
+    quantiles = np.cumsum(w, 1) / total
+    cells = np.minimum((quantiles * components * (1 - 1e-12)).astype(int), components - 1)
+    r = (cells[:, None] == np.arange(components)[None, :, None]).astype(np.float64)
+    weights = means = variances = np.zeros(0)
+    for _ in range(iterations if components > 1 else 1):
+        rw = r * w[:, None]
+        share = rw.sum(2).clip(min=1e-12)
+        means = (rw * mean[:, None]).sum(2) / share
+        variances = (rw * (spread[:, None] + (mean[:, None] - means[..., None]) ** 2)).sum(2) / share + floor
+        weights = share / share.sum(1, keepdims=True)
+        z = spread[:, None] + (mean[:, None] - means[..., None]) ** 2
+        log_joint = np.log(weights)[..., None] - 0.5 * (z / variances[..., None] + np.log(variances)[..., None])
+        r = np.exp(log_joint - log_joint.max(1, keepdims=True))
+        r /= r.sum(1, keepdims=True)
+    return weights, means, variances
+
+
+def has_independent_axes(rows: Array, counts: Array, seed: int) -> bool:
+    """Whether orthogonal axes stand out along which the rows are independent and not Gaussian."""
+    n, d = rows.shape
+    if d == 1:
+        return True
+    unit, sources = _unmix(rows, counts, seed)
+    # Distance of the axes from orthogonality, against what the error of an estimated axis explains.
+    orthogonal = np.abs(unit.T @ unit - np.eye(d)).max() < max(0.25, 4 * np.sqrt(d / n))
+    kurtosis = (sources**4).mean(0) / (sources**2).mean(0) ** 2 - 3
+    return bool(orthogonal and np.abs(kurtosis).max() > 3 * np.sqrt(24 / n))
+
+
+def independent_axes(rows: Array, counts: Array, seed: int) -> Array:
+    """Orthonormal axes, shape (d, d), along which the rows are as independent as can be.
+
+    Independent components are found after whitening; the noise is independent only along orthogonal axes, and the
+    nearest such ones are returned.
+    """
+    if rows.shape[1] == 1:
+        return np.eye(1)
+    left, _, right = np.linalg.svd(_unmix(rows, counts, seed)[0])
+    return left @ right
+
+
+def _unmix(rows: Array, counts: Array, seed: int) -> tuple[Array, Array]:
+    """Directions of the independent components as unit columns (d, d), and the components (n, d)."""
+    from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
+    values, axes = _principal(rows, counts)
+    scale = np.sqrt(values)
+    white = (rows - np.average(rows, axis=0, weights=counts)) @ axes / scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed)
+        sources = fit.fit_transform(white)
+    mixing = (axes * scale) @ fit.components_.T
+    return mixing / np.linalg.norm(mixing, axis=0), sources

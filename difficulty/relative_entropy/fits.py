@@ -1,0 +1,307 @@
+"""Laws fitted to a sample, in one form: independent blocks on orthogonal groups of principal axes.
+
+A fit is a product of blocks, so its relative entropies, time scores and log-densities are sums over blocks:
+    GaussianBlock   everything in closed form (F2)
+    MixtureBlock    full-covariance mixture, F1 with draws of the fit
+    ProductBlock    independent one-dimensional mixtures along rotated axes, quadrature
+Families below say how a block is fitted to rows; each is one function and one line in ``FAMILIES``.
+"""
+
+__all__ = ["Block", "Fit", "GaussianBlock", "MixtureBlock", "ProductBlock"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from difficulty.laws import GaussianMixture
+from difficulty.randomness import torch_generator
+from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, gaussian_residual
+from difficulty.relative_entropy.kernel import MixtureKernel
+from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
+from difficulty.relative_entropy.pairs import Pairs
+
+Array = npt.NDArray[np.float64]
+
+BLOCK_BYTES = 2**27
+FIT_STREAM = 29
+HERMITE_NODES = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Relative entropies of a law: kl, kl_reverse (nats) and the Monte Carlo error of kl, each (m,)."""
+
+    kl: Array
+    kl_reverse: Array
+    error: Array
+
+    def __add__(self, other: "Measured") -> "Measured":
+        error = np.hypot(self.error, other.error)
+        return Measured(self.kl + other.kl, self.kl_reverse + other.kl_reverse, error)
+
+
+class Block(ABC):
+    """A law on some axes."""
+
+    @abstractmethod
+    def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        """Relative entropies of the block."""
+
+    @abstractmethod
+    def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        """A, B, C of F5 at tau = log s, shape (m, 3)."""
+
+    @abstractmethod
+    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
+        """E[(F - beta q)^2], shape (m,): with beta = B/C the rate I_min, free of the cancellation in A - B^2/C."""
+
+    @abstractmethod
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Samples of x0, shape (samples, d)."""
+
+    @abstractmethod
+    def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
+        """F, q and the log density at y = x0 + exp(tau) eps, each (m, n)."""
+
+
+    def log_density(self, x0: Tensor, eps: Tensor, tau: Array) -> Tensor:
+        """Log density at y = x0 + exp(tau) eps, (m, n)."""
+        return self.evaluate(x0, eps, tau)[2]
+
+
+class GaussianBlock(Block):
+    """A Gaussian.
+
+    Args:
+        eigenvalues, mean: variances and mean along the axes, shape (d,).
+        axes: orthonormal, shape (d, d), the coordinates are x @ axes; None for the axes that x is given in.
+    """
+
+    def __init__(self, eigenvalues: Array, mean: Array, axes: Array | None = None) -> None:
+        self.eigenvalues, self.mean = eigenvalues, mean
+        self.axes = None if axes is None else torch.from_numpy(axes)
+
+    def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        kl = gaussian_kl(pairs, self.eigenvalues, self.mean)
+        return Measured(kl, gaussian_kl(pairs, self.eigenvalues, self.mean, reverse=True), np.zeros_like(kl))
+
+    def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        return gaussian_profile(tau, self.eigenvalues, self.mean)
+
+    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
+        return gaussian_residual(tau, beta, self.eigenvalues, self.mean)
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(samples, len(self.mean), dtype=torch.float64, generator=generator)
+        x = torch.from_numpy(self.mean) + noise * torch.from_numpy(self.eigenvalues).sqrt()
+        return x if self.axes is None else x @ self.axes.T
+
+    def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
+        if self.axes is not None:
+            x0, eps = x0 @ self.axes, eps @ self.axes
+        v = torch.from_numpy(self.eigenvalues + np.exp(2 * tau)[:, None])
+        s = torch.from_numpy(np.exp(tau))[:, None]
+        mean = torch.from_numpy(self.mean)
+        z, m = x0 - mean, mean
+        parts = (z.square().T, 2 * (z * eps).T, eps.square().T)
+        w = 1 / v
+        quadratic = w @ parts[0] + s * (w @ parts[1]) + s**2 * (w @ parts[2])
+        w2 = s**2 / v**2
+        flow = w2 @ parts[0] + s * (w2 @ parts[1]) + s**2 * (w2 @ parts[2]) - (s**2 / v).sum(1, keepdim=True)
+        linear = w @ (m * z).T + s * (w @ (m * eps).T)
+        log_density = -0.5 * quadratic - 0.5 * (2 * torch.pi * v).log().sum(1, keepdim=True)
+        return flow, len(self.mean) - quadratic - linear, log_density
+
+
+class MixtureBlock(Block):
+    """A Gaussian mixture with full covariances."""
+
+    def __init__(self, law: GaussianMixture) -> None:
+        self.law = law
+
+    def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        forward, backward = [], []
+        for kernel in self._kernels(*self._draw(samples, seed)):
+            forward.append(kernel.log_ratio(pairs.first, pairs.second))
+            backward.append(kernel.log_ratio(pairs.second, pairs.first))
+        kl, error = kl_from_log_ratio(torch.cat(forward, 1))
+        kl_reverse, _ = kl_from_log_ratio(torch.cat(backward, 1))
+        return Measured(kl.numpy(), kl_reverse.numpy(), error.numpy())
+
+    def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
+        return torch.stack([flow.square().mean(1), (flow * dilation).mean(1), dilation.square().mean(1)], 1).numpy()
+
+    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
+        flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
+        return (flow - torch.from_numpy(beta)[:, None] * dilation).square().mean(1).numpy()
+
+    def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for kernel in self._kernels(x0, eps):
+            parts.append((*kernel.time_score(tau), kernel.log_prob(tau)))
+        flow, dilation, log_density = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        return flow, dilation, log_density
+
+    def log_density(self, x0: Tensor, eps: Tensor, tau: Array) -> Tensor:
+        return torch.cat([kernel.log_prob(tau) for kernel in self._kernels(x0, eps)], 1)
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        return self.law.sample(samples, generator)
+
+    def _draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch_generator(FIT_STREAM, seed)
+        x0 = self.draw(samples, generator)
+        return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+
+    def _kernels(self, x0: Tensor, eps: Tensor) -> list[MixtureKernel]:
+        n = len(x0)
+        size = max(1, int(n * BLOCK_BYTES / max(MixtureKernel.bytes_needed(self.law, n), 1)))
+        return [MixtureKernel(self.law, x0[i : i + size], eps[i : i + size]) for i in range(0, n, size)]
+
+
+class ProductBlock(Block):
+    """Independent one-dimensional mixtures along rotated axes.
+
+    Args:
+        axes: orthonormal, shape (d, d); the coordinates are x @ axes.
+        weights, means, variances: shape (d, K); a weight may be zero.
+    """
+
+    def __init__(self, axes: Array, weights: Array, means: Array, variances: Array) -> None:
+        self.axes = torch.from_numpy(axes)
+        self.weights, self.means, self.variances = (torch.from_numpy(a) for a in (weights, means, variances))
+
+    def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        values = [self._quadrature(pairs.first, pairs.second), self._quadrature(pairs.second, pairs.first)]
+        return Measured(values[0], values[1], np.zeros(len(pairs)))
+
+    def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        # Independent axes: the mean of each score is zero, so second moments add.
+        return self._second_moments(tau, lambda i, f, q: (f**2, f * q, q**2))
+
+    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
+        return self._second_moments(tau, lambda i, f, q: ((f - beta[i] * q) ** 2,))[:, 0]
+
+    def _second_moments(
+        self, tau: Array, products: Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
+    ) -> Array:
+        nodes, node_weights = self._hermite()
+        w = (self.weights[..., None] * node_weights).flatten(1)
+        out = []
+        for i, s in enumerate(np.exp(tau)):
+            y = self.means[..., None] + (self.variances + s**2).sqrt()[..., None] * nodes
+            flow, dilation, _ = self._time_score(y.flatten(1), float(s))
+            out.append([float((w * p).sum()) for p in products(i, flow, dilation)])
+        return np.array(out)
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        k = torch.multinomial(self.weights, samples, replacement=True, generator=generator)
+        noise = torch.randn(k.shape, dtype=torch.float64, generator=generator)
+        return (self.means.gather(1, k) + self.variances.gather(1, k).sqrt() * noise).T @ self.axes.T
+
+    def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
+        x0, eps = x0 @ self.axes, eps @ self.axes
+        columns = []
+        for s in np.exp(tau):
+            flow, dilation, log_density = self._time_score((x0 + s * eps).T, float(s))
+            columns.append((flow.sum(0), dilation.sum(0), log_density.sum(0)))
+        flows, dilations, log_densities = (torch.stack(c) for c in zip(*columns, strict=True))
+        return flows, dilations, log_densities
+
+    def _time_score(self, y: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+        """F, q, log density per axis at y (d, n)."""
+        v = (self.variances + s**2)[..., None]
+        z = y[:, None] - self.means[..., None]
+        log_joint = self.weights.log()[..., None] - 0.5 * (z**2 / v + (2 * torch.pi * v).log())
+        log_density = torch.logsumexp(log_joint, 1)
+        posterior = (log_joint - log_density[:, None]).exp()
+        flow = (posterior * (s**2 * (z**2 / v - 1) / v)).sum(1)
+        dilation = 1 - y * (posterior * z / v).sum(1)
+        return flow, dilation, log_density
+
+    def _hermite(self) -> tuple[Tensor, Tensor]:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(HERMITE_NODES)
+        return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+    def _quadrature(self, first: Array, second: Array) -> Array:
+        """Sum over axes of the one-dimensional KL, Gauss-Hermite within each component."""
+        nodes, node_weights = self._hermite()
+        w = (self.weights[..., None] * node_weights).flatten(1)
+        out = []
+        for (a1, s1), (a2, s2) in zip(first, second, strict=True):
+            v1, v2 = a1**2 * self.variances + s1**2, a2**2 * self.variances + s2**2
+            x = (a1 * self.means[..., None] + v1.sqrt()[..., None] * nodes).flatten(1)
+            shrink = (((a1 - a2) * (a1 + a2) * self.variances + (s1 - s2) * (s1 + s2)) / v2)[..., None]
+            z = x[:, None] - a1 * self.means[..., None]
+            shift = ((a2 - a1) * self.means)[..., None]
+            square = z**2 / v1[..., None]
+            d = 0.5 * (square * shrink - (2 * z - shift) * shift / v2[..., None] - torch.log1p(shrink))
+            log_joint = self.weights.log()[..., None] - 0.5 * (square + v1.log()[..., None])
+            posterior = torch.softmax(log_joint, 1)
+            near = -torch.log1p((posterior * torch.expm1(-d.clamp(min=-1.0))).sum(1))
+            far = -torch.logsumexp(posterior.log() - d, 1)
+            relevant = torch.where(posterior > 1e-17, d.abs(), 0.0).amax(1)
+            ratio = torch.where(relevant < 0.5, near, far)
+            small = (w * nonnegative_terms(ratio)).sum()
+            # For large steps exp(-l) is too steep for the quadrature, the plain mean is not.
+            out.append(float(small if float(ratio.abs().amax()) < 20 else (w * ratio).sum()))
+        return np.array(out)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Blocks on consecutive groups of columns.
+
+    Args:
+        blocks: columns and the law on them.
+        axes: rotation (d, d) into the columns, x @ axes; None if there is none.
+    """
+
+    blocks: Sequence[tuple[slice, Block]]
+    axes: Tensor | None = None
+
+    def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        """Relative entropies, the sum over blocks."""
+        zero = np.zeros(len(pairs))
+        total = Measured(zero, zero, zero)
+        for _, block in self.blocks:
+            total = total + block.measure(pairs, samples, seed)
+        return total
+
+    def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        """A, B, C, the sum over blocks, shape (m, 3)."""
+        return np.sum([block.profile(tau, samples, seed) for _, block in self.blocks], axis=0)
+
+    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
+        """E[(F - beta q)^2], the sum over blocks, shape (m,)."""
+        return np.sum([block.residual(tau, beta, samples, seed) for _, block in self.blocks], axis=0)
+
+    def draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+        """x0 of the fit and noise, each (samples, d)."""
+        generator = torch_generator(FIT_STREAM, 1, seed)
+        x0 = torch.cat([block.draw(samples, generator) for _, block in self.blocks], 1)
+        if self.axes is not None:
+            x0 = x0 @ self.axes.T
+        return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+
+    def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
+        """F, q and log density at y = x0 + exp(tau) eps, each (m, n)."""
+        x0, eps = self._rotate(x0, eps)
+        parts = [block.evaluate(x0[:, columns], eps[:, columns], tau) for columns, block in self.blocks]
+        flow, dilation, log_density = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
+        return flow, dilation, log_density
+
+    def log_density(self, x0: Tensor, eps: Tensor, tau: Array) -> Tensor:
+        """Log density at y = x0 + exp(tau) eps, (m, n)."""
+        x0, eps = self._rotate(x0, eps)
+        parts = [block.log_density(x0[:, columns], eps[:, columns], tau) for columns, block in self.blocks]
+        return torch.stack(parts).sum(0)
+
+    def _rotate(self, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        return (x0, eps) if self.axes is None else (x0 @ self.axes, eps @ self.axes)
