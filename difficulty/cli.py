@@ -71,7 +71,7 @@ def measure(
         grid: tasks of equal length in t, or in log-SNR.
         measures: what to measure.
         prediction: what the experts predict: eps, x0, v, score, velocity or edm.
-        network: of each expert: mlp, unet or dit, with options as in mlp:width=256.
+        network: of each expert: mlp, unet or dit, with options as in mlp:width=256, or your own FILE.py:FACTORY.
         seeds: how many experts per task; more make the intervals narrower.
         budget: iterations at which difficulty is read off; training goes on to twice that for the floor.
         batch: samples per iteration and expert.

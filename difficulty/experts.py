@@ -57,7 +57,7 @@ class ExpertPlan:
     """How experts are trained; together with data, process and tasks it determines every number.
 
     Args:
-        network: a name in ``NETWORKS`` with options, e.g. ``mlp:width=128``.
+        network: a name in ``NETWORKS`` with options, e.g. ``mlp:width=128``, or ``FILE.py:FACTORY``.
         prediction: a name in ``PREDICTIONS``.
         seeds: one expert per task is trained for each.
         budget: iterations at which difficulty is read off, >= 20. Training goes on to twice that, for the floor.

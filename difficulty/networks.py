@@ -5,10 +5,14 @@ and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 202
 predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
 """
 
-__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network"]
 
+import functools
+import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -213,20 +217,56 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "d
 def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
     """A network by name, with options as in ``mlp:width=256,depth=4``, its initial weights given by the seed.
 
+    Args:
+        spec: a name in ``NETWORKS``, or ``FILE.py:FACTORY`` for the user's own: ``FACTORY(shape)`` must return a torch
+            module with ``forward(x, log_snr)``. The file is executed.
+        shape: of one sample.
+        seed: of the initial weights.
+
     Raises:
         InputError: if the name or an option is unknown, or the network does not fit the shape.
     """
-    factories = {name: _for_shape(factory, shape) for name, factory in NETWORKS.items()}
+    file, _, name = spec.rpartition(":")
     # Initialisers read torch's global generator; it is seeded for the call and restored after it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_generator(seed).initial_seed())
-        return build("network", spec, factories)
+        if file.endswith(".py"):
+            network = _own_factory(Path(file), name)(shape)
+        else:
+            network = build("network", spec, {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()})
+    check_network(network, spec, shape)
+    return network
+
+
+def check_network(network: object, name: str, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless the object is a torch module that maps (2, *shape) and (2,) to (2, *shape)."""
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {name!r} is a {type(network).__name__}; a torch.nn.Module is needed")
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(2, *shape), torch.zeros(2))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"network {name!r} cannot take x of shape {(2, *shape)} and log_snr (2,) ({reason})") from None
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if found != (2, *shape):
+        raise InputError(f"network {name!r} maps x of shape {(2, *shape)} to {found}; it must keep the shape")
+
+
+def _own_factory(path: Path, name: str) -> Callable[[tuple[int, ...]], nn.Module]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; name the user's own network as FILE.py:FACTORY")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise InputError(f"{path} defines no function or class {name!r}")
+    return getattr(module, name)
 
 
 def _for_shape(factory: Callable[..., nn.Module], shape: tuple[int, ...]) -> Callable[..., nn.Module]:
-    import functools
-    import inspect
-
     bound = functools.partial(factory, shape)
     signature = inspect.signature(factory)
     options = [parameter for name, parameter in signature.parameters.items() if name != "shape"]
