@@ -27,7 +27,7 @@ from training.curriculum import Cluster, Curriculum, interval_curriculum
 PAPER_INTERVALS = 20
 PAPER_SHARE = 0.1
 # Stages of `patience` last about this many tau on stationary noise.
-STAGE_LENGTH_IN_TAU = 1.7
+STAGE_LENGTH_IN_TAU = 1.78
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from training.arms import ArmSpec, choose_arms
 from training.curriculum import Curriculum, make_curriculum
 from training.effects import effects, iterations_to_baseline
 from training.heldout import HeldOut
-from training.metrics import SampleJudge
+from training.metrics import SampleJudge, check_metrics
 from training.sampling import draw_samples
 from training.timesteps import stage_rows
 from training.trainer import Trainer, TrainPlan
@@ -146,6 +146,9 @@ def compare(
     tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
     # Training happens on the grid; without its closed form a process can be sent to another Python process.
     setting = Setting(data, replace(process, closed_form=None), tasks, plan, samples, tuple(metrics))
+    for spec in specs.values():  # whatever cannot be built is refused before anything is written
+        Trainer(data, process, _plan_of(spec, plan, seeds[0]), spec.curriculum_for(seeds[0]))
+    check_metrics(setting.metrics)
     run = _open(out, setting, specs, list(seeds))
     jobs = [
         Job(arm, spec, seed, _file(out, arm, seed), keep_samples=seed == seeds[0])
@@ -170,8 +173,7 @@ def compare(
 def run_arm(setting: Setting, job: Job) -> dict[str, Any]:
     """Train one arm with one seed and judge it."""
     began = time.monotonic()
-    seed = job.seed + FRESH if job.spec.fresh_seeds else job.seed
-    plan = replace(setting.plan, seed=seed, density=job.spec.density, weight=job.spec.weight)
+    plan = _plan_of(job.spec, setting.plan, job.seed)
     curriculum = job.spec.curriculum_for(job.seed)
     trainer = Trainer(setting.data, setting.process, plan, curriculum, base_density=job.exposure)
     heldout = setting.heldout
@@ -184,7 +186,7 @@ def run_arm(setting: Setting, job: Job) -> dict[str, Any]:
             measured = heldout.evaluate(trainer.ema)
             curve.append({"step": trainer.done, "nats": measured.nats, "loss": measured.loss})
     trainer.sampler.finish(trainer.done)
-    drawn = draw_samples(trainer.ema, setting.samples, setting.data.shape, seed=seed)
+    drawn = draw_samples(trainer.ema, setting.samples, setting.data.shape, seed=plan.seed)
     if job.keep_samples:
         from safetensors.torch import save
 
@@ -199,6 +201,11 @@ def run_arm(setting: Setting, job: Job) -> dict[str, Any]:
         "exposure": trainer.sampler.exposure().tolist(),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _plan_of(spec: ArmSpec, plan: TrainPlan, seed: int) -> TrainPlan:
+    seed = seed + FRESH if spec.fresh_seeds else seed
+    return replace(plan, seed=seed, density=spec.density, weight=spec.weight)
 
 
 def _file(out: Path, arm: str, seed: int) -> Path:

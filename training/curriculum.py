@@ -19,6 +19,7 @@ __all__ = [
     "interval_curriculum",
     "known_process",
     "make_curriculum",
+    "schema",
 ]
 
 import hashlib
@@ -186,6 +187,15 @@ class Curriculum(_Record):
     def process_by_name(self) -> Process:
         """The process that the fingerprint names, if it is one of the project's own; see ``known_process``."""
         return known_process(self.process, "the curriculum")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of curriculum.json, as shipped in ``curriculum.schema.json``.
+
+    ``python -c "import json; from training.curriculum import schema; print(json.dumps(schema(), indent=2))"`` writes
+    it anew after a change of the models.
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Curriculum.model_json_schema()}
 
 
 def _sha256(content: dict[str, Any]) -> str:

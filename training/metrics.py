@@ -7,9 +7,9 @@ Features: ``pixels`` are the raw values; ``pca`` their first components on the d
 for finite samples; ``split_half`` states the same distance between two halves of the data, which is the floor.
 """
 
-__all__ = ["FEATURES", "METRICS", "SampleJudge", "frechet", "sliced_wasserstein"]
+__all__ = ["FEATURES", "METRICS", "SampleJudge", "check_metrics", "frechet", "sliced_wasserstein"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -62,6 +62,12 @@ DISTANCES: Mapping[str, Callable[[Array, Array], float]] = {"fd": frechet, "sw":
 METRICS: tuple[str, ...] = tuple(f"{distance}-{features}" for distance in DISTANCES for features in FEATURES)
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise InputError if a metric is unknown."""
+    for name in names:
+        choose("metric", name, dict.fromkeys(METRICS))
+
+
 class SampleJudge:
     """Metrics of samples against one set of data, features fitted once.
 
@@ -76,8 +82,7 @@ class SampleJudge:
     def __init__(self, data: torch.Tensor, names: tuple[str, ...] = ("fd-pca", "sw-pixels")) -> None:
         self.names = names
         flat = _flat(data)
-        for name in names:
-            choose("metric", name, dict.fromkeys(METRICS))
+        check_metrics(names)
         self.features = {name: FEATURES[name.partition("-")[2]](flat) for name in names}
         self.reference = {name: self.features[name](flat) for name in names}
 

@@ -11,7 +11,8 @@ steps it says whether the stage is over, and why. Siblings:
     held-out           the mean paired improvement on fixed draws over the last window is not significant
 
 On stationary noise the minimum of n batch losses is as likely the first as the last, so `patience` ends a stage after
-about 1.7 tau whatever was learned: it is a clock, not a test of convergence. `held-out` is the test.
+1.78 tau on average (exact for large tau) whatever was learned: it is a clock, not a test of convergence. `held-out`
+is the test.
 """
 
 __all__ = ["PACINGS", "Fraction", "HeldOut", "Pacing", "Patience", "check_pacing", "make_pacing"]

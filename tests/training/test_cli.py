@@ -1,0 +1,106 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from training.cli import SUBCOMMANDS, main
+
+DATA = "gaussian:dim=4,var=0.25,n=400"
+SMALL = ["--batch", "8", "--network", "mlp:width=8,depth=2"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["training", *map(str, args)])
+        try:
+            code = main()
+        except SystemExit as exit_:
+            code = exit_.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help_with_an_example(name, call):
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    assert f"Example: training {name}" in " ".join(out.split())
+
+
+def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    curriculum, out = tmp_path / "c.json", tmp_path / "run"
+    assert call("cluster", tmp_path, "-k", "3", "-o", curriculum)[0] == 0
+    code, text, _ = call("validate", curriculum)
+    assert code == 0
+    assert "cluster 3" in text
+    code, text, _ = call("run", DATA, "--curriculum", curriculum, "--out", out, "--steps", "40", *SMALL, "--json")
+    assert code == 0
+    assert json.loads(text)["steps"] == 40
+    assert {path.name for path in (out / "figures").glob("*.png")} == {"curve.png", "loss_heat_map.png", "stages.png"}
+    code, text, _ = call("sample", out, "--count", "10", "--method", "heun", "--steps", "10")
+    assert code == 0
+    assert np.load(out / "samples.npz")["data"].shape == (10, 4)
+    code, text, _ = call("evaluate", out, DATA, "--samples", "100", "--json")
+    assert code == 0
+    assert set(json.loads(text)["metrics"]) == {"fd-pca", "fd-pixels", "sw-pixels"}
+    assert call("plot", out)[0] == 0
+
+
+def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
+    out = tmp_path / "compared"
+    code, text, _ = call(
+        "compare", DATA, "--arms", "vanilla", "min-snr", "--seeds", "2", "--budget", "20", "--samples", "64",
+        "--workers", "1", "--out", out, *SMALL,
+    )  # fmt: skip
+    assert code == 0
+    assert text.count("min-snr") >= 4
+    assert (out / "figures" / "forest.png").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["validate", "missing.json"],
+        ["cluster", "missing"],
+        ["run", "no-such-data", "--out", "x"],
+        ["run", DATA, "--out", "x", "--weight", "best"],
+        ["run", DATA, "--out", "x", "--process", "vp"],
+        ["run", DATA, "--out", "x", "--network", "unet"],
+        ["run", DATA, "--out", "x", "--steps", "0"],
+        ["run", DATA, "--out", "x", "--device", "abacus"],
+        ["compare", DATA, "--out", "x", "--arms", "vanilla", "curriculum"],
+        ["sample", "missing"],
+        ["evaluate", "missing", DATA],
+        ["plot", "missing"],
+        ["cluster", "--speed"],
+        ["train"],
+    ],
+    ids=" ".join,
+)
+def test_unusable_input_ends_with_code_two_one_message_and_nothing_written(args, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*args)
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.strip()
+    assert not list(tmp_path.iterdir())
+
+
+def test_module_and_console_command_are_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "validate", str(tmp_path / "missing.json")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_importing_the_package_imports_no_plotting_library(tmp_path):
+    code = "import sys, training; sys.exit(any(name in sys.modules for name in ('matplotlib', 'seaborn', 'diffusers')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

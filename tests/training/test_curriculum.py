@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+import training
+from difficulty.errors import InputError
+from difficulty.process import get_process
+from training.curriculum import Curriculum, interval_curriculum, make_curriculum, schema
+from training.density import task_masses
+
+SCHEMA = Path(training.__file__).parent / "curriculum.schema.json"
+
+
+def test_saved_curriculum_is_read_back_as_it_was(curriculum, tmp_path):
+    curriculum.save(tmp_path / "c.json")
+    loaded = Curriculum.load(tmp_path / "c.json")
+    assert loaded == curriculum
+    assert loaded.sha256 == curriculum.sha256
+
+
+def test_shipped_schema_is_that_of_the_model():
+    assert json.loads(SCHEMA.read_text()) == schema()
+
+
+def test_shipped_schema_accepts_a_saved_curriculum_and_refuses_one_without_clusters(curriculum, tmp_path):
+    curriculum.save(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+    del content["clusters"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+
+
+def test_file_is_used_with_nothing_but_json(curriculum, tmp_path):
+    curriculum.save(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    allowed = set()
+    for number, cluster in enumerate(content["clusters"]):
+        for index in cluster["tasks"]:
+            task = content["tasks"][index]
+            allowed |= set(range(task["t_first"], task["t_last"] + 1))
+        expected = {
+            t
+            for i in curriculum.stages()[number]
+            for t in range(curriculum.tasks[i].t_first, curriculum.tasks[i].t_last + 1)
+        }
+        assert allowed == expected
+    assert allowed == set(range(1, content["process"]["T"] + 1))
+
+
+def test_stages_accumulate_from_the_easiest_cluster_to_all_tasks(curriculum):
+    assert curriculum.stages() == [[5, 6, 7], [2, 3, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_separate_stages_end_with_all_tasks(curriculum):
+    separate = curriculum.with_clusters(curriculum.clusters, accumulate=False)
+    assert separate.stages() == [[5, 6, 7], [2, 3], [0, 1, 4], list(range(8))]
+
+
+def test_paper_curriculum_starts_at_the_noisiest_interval():
+    paper = interval_curriculum(get_process("vp-linear"))
+    assert len(paper.clusters) == 20
+    assert paper.tasks[paper.clusters[0].tasks[0]].t_last == 1000
+    assert paper.tasks[paper.clusters[-1].tasks[0]].t_first == 1
+
+
+def test_interval_method_can_be_ordered_by_a_measure(ranking):
+    measured = make_curriculum(ranking, method="log-snr", k=3, measure="excess_nats")
+    difficulty = [cluster.difficulty for cluster in measured.clusters]
+    assert difficulty == sorted(difficulty)
+    noise = make_curriculum(ranking, method="log-snr", k=3)
+    assert noise.provenance["measure"] == "noise-level"
+
+
+def _changed(curriculum, change):
+    content = json.loads(json.dumps(curriculum.model_dump()))
+    change(content)
+    return content
+
+
+def _set(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(content):
+        for key in path:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+BROKEN = {
+    "another version": (_set("format", "denoising-difficulty/curriculum/9"), "this version reads"),
+    "no format": (lambda c: c.pop("format"), "states no format"),
+    "unknown field": (_set("speed", 3), "speed"),
+    "overlap": (_set("tasks", 1, "t_first", 10), "overlaps"),
+    "gap": (_set("tasks", 1, "t_first", 12), "belongs to no task"),
+    "too short": (_set("tasks", 7, "t_last", 79), "end at t = 79"),
+    "missing task": (_set("clusters", 0, "tasks", [5, 6]), "in no cluster"),
+    "task twice": (_set("clusters", 0, "tasks", [5, 6, 7, 2]), "more than one cluster"),
+    "unknown task": (_set("clusters", 0, "tasks", [5, 6, 7, 8]), "does not exist"),
+    "empty cluster": (_set("clusters", 0, "tasks", []), "clusters.0.tasks"),
+    "unknown pacing": (_set("pacing", "rule", "hope"), "unknown pacing rule"),
+    "unknown pacing option": (_set("pacing", "options", {"tau": 3}), "has no option"),
+    "masses that do not add up": (_set("density", "task_mass", [0.5] * 8), "task_mass"),
+    "text for a number": (_set("tasks", 0, "t_first", "one"), "tasks.0.t_first"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_refused_with_one_sentence_that_says_why(name, curriculum, tmp_path):
+    change, reason = BROKEN[name]
+    (tmp_path / "c.json").write_text(json.dumps(_changed(curriculum, change)))
+    with pytest.raises(InputError, match=reason) as refusal:
+        Curriculum.load(tmp_path / "c.json")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "null", '{"a": 1}'])
+def test_foreign_and_truncated_json_is_refused(content, tmp_path):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(InputError) as refusal:
+        Curriculum.load(tmp_path / "c.json")
+    assert "\n" not in str(refusal.value)
+
+
+def test_curriculum_of_another_process_is_refused(curriculum, process):
+    curriculum.validate_for(process)
+    with pytest.raises(InputError, match="noise levels differ"):
+        curriculum.validate_for(get_process("vp-cosine:T=80"))
+    with pytest.raises(InputError, match="T = 80"):
+        curriculum.validate_for(get_process("vp-linear"))
+
+
+def test_curriculum_that_counts_t_the_other_way_is_refused(curriculum, process):
+    changed = _changed(curriculum, _set("process", "t_direction", "noise decreases with t"))
+    with pytest.raises(InputError, match="noise increases with t"):
+        Curriculum.model_validate(changed).validate_for(process)
+
+
+def test_boundary_that_was_edited_in_t_but_not_in_log_snr_is_refused(curriculum, process):
+    def change(content):
+        content["tasks"][0]["t_last"], content["tasks"][1]["t_first"] = 12, 13
+        content["density"]["name"] = "table"
+
+    with pytest.raises(InputError, match="change both or neither"):
+        Curriculum.model_validate(_changed(curriculum, change)).validate_for(process)
+
+
+def test_table_density_follows_the_masses_in_the_file(curriculum, process):
+    masses = [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    table = Curriculum.model_validate(_changed(curriculum, _set("density", {"name": "table", "task_mass": masses})))
+    assert np.allclose(task_masses(table.base_density(process), table.tasks), masses)
+
+
+def test_edited_masses_of_a_named_density_are_refused(curriculum, process):
+    masses = [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    edited = Curriculum.model_validate(_changed(curriculum, _set("density", "task_mass", masses)))
+    with pytest.raises(InputError, match="table"):
+        edited.validate_for(process)

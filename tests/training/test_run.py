@@ -1,0 +1,193 @@
+"""A run in a folder: killed at any moment and continued, it ends as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from difficulty.errors import InputError
+from training.curriculum import make_curriculum
+from training.run import Cadence, restore, train
+from training.trainer import Diverged, TrainPlan
+
+PLAN = TrainPlan(steps=60, batch=8, network="mlp:width=8,depth=2", warmup=5)
+CADENCE = Cadence(evaluate=7, checkpoint=9, sample=0, keep=2)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def staged(ranking):
+    return make_curriculum(ranking, k=3, pacing="patience", pacing_options={"tau": 4})
+
+
+def _result(out: Path) -> dict:
+    """What must not depend on interruptions: final weights, averages, moments, and every table."""
+    last = sorted((out / "checkpoints").iterdir())[-1]
+    files = {path.name: path.read_bytes() for path in last.iterdir()}
+    return files | {name: (out / name).read_bytes() for name in ("losses.csv", "curve.csv", "stages.csv")}
+
+
+class Stop(Exception):
+    pass
+
+
+def _stop_at(step):
+    def watch(trainer, loss):
+        if trainer.done == step:
+            raise Stop
+
+    return watch
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 31, 59])
+def test_interrupted_and_continued_run_equals_the_uninterrupted_one_bit_for_bit(
+    stop, gaussian, process, staged, tmp_path
+):
+    train(gaussian, process, PLAN, tmp_path / "whole", staged, cadence=CADENCE)
+    with pytest.raises(Stop):
+        train(gaussian, process, PLAN, tmp_path / "cut", staged, cadence=CADENCE, watch=_stop_at(stop))
+    told = []
+    train(gaussian, process, PLAN, tmp_path / "cut", staged, cadence=CADENCE, tell=told.append)
+    assert _result(tmp_path / "whole") == _result(tmp_path / "cut")
+    assert bool(told) == (stop > 9)  # the first checkpoint follows iteration 9
+
+
+def test_finished_run_is_left_as_it_is(gaussian, process, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    before = _result(tmp_path / "run")
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    assert _result(tmp_path / "run") == before
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from difficulty.datasets import load_dataset
+from difficulty.process import get_process
+from training.curriculum import Curriculum
+from training.run import Cadence, train
+from training.trainer import Trainer, TrainPlan
+import os, random, signal, time
+
+out, curriculum = Path(sys.argv[1]), Curriculum.load(sys.argv[2])
+data, process = load_dataset("gaussian:dim=4,var=0.25,n=400"), get_process("vp-linear:T=80")
+plan = TrainPlan(steps=400, batch=8, network="mlp:width=8,depth=2", warmup=5)
+cadence = Cadence(evaluate=50, checkpoint=11, sample=0, keep=2)
+Trainer(data, process, plan, curriculum)  # imports everything that training imports late, before the forks
+kills = 0
+rng = random.Random(0)
+while True:
+    child = os.fork()
+    if child == 0:
+        train(data, process, plan, out, curriculum, cadence=cadence)
+        os._exit(0)
+    if kills < 20:
+        time.sleep(rng.uniform(0.02, 0.3))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+            continue
+    else:
+        _, status = os.waitpid(child, 0)
+    break
+print(kills, os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_twenty_kills_at_random_moments_change_nothing_in_the_end(gaussian, process, staged, tmp_path):
+    staged.save(tmp_path / "c.json")
+    plan = TrainPlan(steps=400, batch=8, network="mlp:width=8,depth=2", warmup=5)
+    cadence = Cadence(evaluate=50, checkpoint=11, sample=0, keep=2)
+    train(gaussian, process, plan, tmp_path / "whole", staged, cadence=cadence)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(tmp_path / "c.json")],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kills, exit_code = map(int, done.stdout.split())
+    assert exit_code == 0
+    assert kills >= 5  # on a fast machine the run may end before the twentieth kill
+    assert _result(tmp_path / "whole") == _result(tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
+
+
+def test_damaged_last_checkpoint_is_passed_over_with_a_message_and_changes_nothing(gaussian, process, staged, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "whole", staged, cadence=CADENCE)
+    with pytest.raises(Stop):
+        train(gaussian, process, PLAN, tmp_path / "cut", staged, cadence=CADENCE, watch=_stop_at(40))
+    last = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
+    (last / "ema.safetensors").write_bytes(b"cut off")
+    told = []
+    train(gaussian, process, PLAN, tmp_path / "cut", staged, cadence=CADENCE, tell=told.append)
+    assert "damaged" in told[0]
+    assert "after step 27" in told[1]
+    assert _result(tmp_path / "whole") == _result(tmp_path / "cut")
+
+
+def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian, process, tmp_path):
+    def poison(trainer, loss):
+        if trainer.done == 12:
+            trainer.samples = torch.full_like(trainer.samples, float("nan"))
+
+    with pytest.raises(Diverged, match=r"the loss became nan at step 12.* the last good state is checkpoint 12"):
+        train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, watch=poison)
+    denoiser, _ = restore(tmp_path / "run")
+    assert all(torch.isfinite(weight).all() for weight in denoiser.parameters())
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
+
+
+def test_folder_of_another_run_or_another_command_is_refused(gaussian, process, one_cluster, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    for other in (TrainPlan(**(vars(PLAN) | {"lr": 0.5})), TrainPlan(**(vars(PLAN) | {"seed": 1}))):
+        with pytest.raises(InputError, match="other settings"):
+            train(gaussian, process, other, tmp_path / "run", cadence=CADENCE)
+    with pytest.raises(InputError, match="other settings"):
+        train(gaussian, process, PLAN, tmp_path / "run", one_cluster, cadence=CADENCE)
+    with pytest.raises(InputError, match="already holds a run"):
+        train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, resume="never")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    with pytest.raises(InputError, match="not empty"):
+        train(gaussian, process, PLAN, tmp_path / "mine", cadence=CADENCE)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_tables_hold_every_task_at_every_evaluation_and_every_sample(gaussian, process, staged, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", staged, cadence=CADENCE)
+    losses, stages = (pd.read_csv(tmp_path / "run" / f"{name}.csv") for name in ("losses", "stages"))
+    assert sorted(losses["step"].unique()) == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    assert (losses.groupby("step")["task"].nunique() == 8).all()
+    assert losses[["nats_per_log_snr", "loss"]].gt(0).all(axis=None)
+    counts = stages["samples_per_task"].str.split(expand=True).astype(int)
+    assert counts.to_numpy().sum() == 60 * 8
+    assert stages["end"].iloc[-1] == 60
+    assert (stages["start"].iloc[1:].to_numpy() == stages["end"].iloc[:-1].to_numpy()).all()
+    assert stages["reason"].str.len().gt(0).all()
+
+
+def test_restored_denoiser_holds_the_averaged_weights(gaussian, process, tmp_path):
+    trainer = train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    denoiser, config = restore(tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000060" / "ema.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in denoiser.network.state_dict().items())
+    x, t = torch.randn(5, 4), torch.randint(1, 81, (5,))
+    assert torch.equal(denoiser.eps(x, t), trainer.ema.eps(x, t))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"] == config
+
+
+def test_folder_without_a_checkpoint_cannot_be_restored(tmp_path):
+    with pytest.raises(InputError, match=r"no run\.json"):
+        restore(tmp_path)

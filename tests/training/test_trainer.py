@@ -1,0 +1,144 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from difficulty.datasets import load_dataset
+from difficulty.errors import InputError
+from difficulty.process import PROCESSES, get_process
+from difficulty.ranking import RankingTask
+from difficulty.tasks import make_tasks
+from training.curriculum import make_curriculum
+from training.heldout import HeldOut
+from training.trainer import LR_SCHEDULES, Diverged, Trainer, TrainPlan
+
+PLAN = TrainPlan(steps=40, batch=16, network="mlp:width=16,depth=2", warmup=5)
+
+
+def _train(data, process, plan, curriculum=None, **options):
+    torch.set_num_threads(1)
+    trainer = Trainer(data, process, plan, curriculum, **options)
+    losses = [float(trainer.step()) for _ in range(plan.steps)]
+    return trainer, losses
+
+
+def _weights(trainer):
+    state = trainer.state_dict()
+    return [*state["model"].values(), *state["ema"].values()]
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_one_cluster_of_all_tasks_trains_bit_identically_to_no_curriculum(gaussian, process, one_cluster, stratified):
+    plan = TrainPlan(**(vars(PLAN) | {"stratified": stratified}))
+    plain, plain_losses = _train(gaussian, process, plan)
+    clustered, clustered_losses = _train(gaussian, process, plan, one_cluster)
+    assert plain_losses == clustered_losses
+    assert all(torch.equal(a, b) for a, b in zip(_weights(plain), _weights(clustered), strict=True))
+
+
+def test_last_stage_of_a_curriculum_sees_the_batches_that_plain_training_sees(gaussian, process, curriculum):
+    # The curriculum changes t in its stages and nothing else, so the draws agree from the last stage on.
+    plain, staged = (Trainer(gaussian, process, PLAN, c) for c in (None, curriculum))
+    for step in range(40):
+        a, b = plain.sampler.sample(16, step=step)[0], staged.sampler.sample(16, step=step)[0]
+        assert torch.equal(a, b) == (step >= 4)
+
+
+def test_a_run_depends_on_its_seed_and_on_nothing_else(gaussian, process):
+    first, losses = _train(gaussian, process, PLAN)
+    torch.rand(7)
+    np.random.rand(7)  # noqa: NPY002 - global state is what must not matter
+    second, again = _train(gaussian, process, PLAN)
+    assert losses == again
+    assert all(torch.equal(a, b) for a, b in zip(_weights(first), _weights(second), strict=True))
+    assert losses != _train(gaussian, process, TrainPlan(**(vars(PLAN) | {"seed": 1})))[1]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_heldout_nats_of_the_exact_denoiser_are_those_of_the_gaussian_formula(name, gaussian):
+    # An untrained network predicts 0, so the denoiser is its linear baseline: exact for an isotropic Gaussian.
+    process = get_process(f"{name}:T=100")
+    prediction = "velocity" if name == "flow-matching" else "v"
+    trainer = Trainer(gaussian, process, TrainPlan(prediction=prediction, network="mlp:width=8"))
+    tasks = [RankingTask.of(task, process) for task in make_tasks(process, 5)]
+    heldout = HeldOut(gaussian, process, tasks, per_task=2000)
+    log_snr = process.log_snr(heldout.t.numpy())
+    bayes = np.where(np.isfinite(log_snr), 4 * 0.25 * np.exp(log_snr) / (1 + 0.25 * np.exp(log_snr)), 0.0)
+    expected = 0.5 * (bayes.reshape(5, -1) * heldout.log_snr_of_draw).sum()
+    assert heldout.evaluate(trainer.ema).nats == pytest.approx(expected, rel=0.05)
+
+
+def test_training_closes_most_of_the_gap_to_the_exact_loss_for_every_prediction(process):
+    data = load_dataset("gaussian:dim=2,n=20000")
+    # Two coordinates of different scale: the isotropic baseline is wrong and what is left to learn is known.
+    stretch = torch.tensor([1.0, 0.05])
+    data = replace(data, train=data.train * stretch, heldout=data.heldout * stretch, law=None)
+    tasks = [RankingTask.of(task, process) for task in make_tasks(process, 4)]
+    heldout = HeldOut(data, process, tasks, per_task=8000)
+    snr = np.exp(process.log_snr(heldout.t.numpy()))
+    bayes = sum(snr * v / (1 + snr * v) for v in (1.0, 0.0025))
+    exact = 0.5 * float((bayes.reshape(4, -1) * heldout.log_snr_of_draw).sum())
+    for prediction in ("eps", "x0", "v"):
+        # Without the weight of eps, training on x0 would leave the low-noise tasks, which decide the nats, alone.
+        plan = TrainPlan(
+            steps=400, batch=128, network="mlp:width=64,depth=2", prediction=prediction, weight="eps", lr=3e-3
+        )
+        before = heldout.evaluate(Trainer(data, process, plan).ema).nats
+        after = heldout.evaluate(_train(data, process, plan)[0].ema).nats
+        assert -0.1 < after - exact < 0.2 * (before - exact)
+
+
+def test_average_of_the_weights_is_the_recursion_with_warmed_up_decay(gaussian, process):
+    trainer = Trainer(gaussian, process, PLAN)
+    expected = None
+    for n in range(20):
+        trainer.step()
+        current = trainer.denoiser.network.last.weight.detach().double().clone()
+        # n updates were made before this one; torch copies the weights at the first
+        decay = min(PLAN.ema_decay, (1 + n) / (10 + n))
+        expected = current if expected is None else decay * expected + (1 - decay) * current
+    assert torch.allclose(trainer.averaged.module.last.weight.double(), expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero_unless_constant():
+    for name in LR_SCHEDULES:
+        plan = TrainPlan(steps=1000, lr=2.0, lr_schedule=name, warmup=10)
+        assert plan.lr_at(0) == pytest.approx(0.2)
+        assert plan.lr_at(999) == pytest.approx(2.0 if name == "constant" else 0.0, abs=3e-3)
+
+
+def test_nan_in_the_data_of_a_step_stops_before_the_weights_change(gaussian, process):
+    trainer, _ = _train(gaussian, process, PLAN)
+    before = [w.clone() for w in _weights(trainer)]
+    trainer.samples = torch.full_like(trainer.samples, float("nan"))
+    with pytest.raises(Diverged, match="the loss became nan at step 40"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))
+    assert trainer.done == 40
+
+
+def test_state_restored_into_a_new_trainer_continues_bit_identically(gaussian, process, ranking):
+    for pacing in ("fraction", "patience", "held-out"):
+        options = {"patience": {"tau": 4}, "held-out": {"check_every": 5, "least": 5}}.get(pacing, {})
+        staged = make_curriculum(ranking, k=3, pacing=pacing, pacing_options=options)
+        heldout = HeldOut(gaussian, process, staged.tasks, per_task=8)
+
+        def advance(trainer, end, heldout=heldout):
+            while trainer.done < end:
+                trainer.step()
+                trainer.report_heldout(heldout)
+
+        whole, first, second = (Trainer(gaussian, process, PLAN, staged) for _ in range(3))
+        advance(whole, 40)
+        advance(first, 13)
+        second.load_state_dict(first.state_dict())
+        advance(second, 40)
+        assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(second), strict=True))
+        assert whole.sampler.state_dict() == second.sampler.state_dict()
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"lr": -1.0}, {"lr_schedule": "step"}, {"ema_decay": 1.0}, {"clip": -1}])
+def test_plans_that_cannot_train_are_refused(bad):
+    with pytest.raises(InputError):
+        TrainPlan(**bad)
