@@ -1,0 +1,39 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from difficulty.ranking import RankingTask
+from training.curriculum import Curriculum, DensityField, PacingField
+from training.pacing import PACINGS, make_pacing
+
+PAGE = (Path(__file__).parents[2] / "docs" / "curriculum-json.md").read_text()
+
+
+def test_every_field_of_the_curriculum_is_explained():
+    table = re.findall(r"^\| (.*?) \|", PAGE, re.M)
+    explained = set(re.findall(r"`(?:\w+(?:\[\])?\.)?(\w+)`", " ".join(table)))
+    for model in (Curriculum, RankingTask, PacingField, DensityField):
+        assert set(model.model_fields) - {"index"} <= explained
+
+
+@pytest.mark.parametrize("rule", PACINGS)
+def test_stated_defaults_of_every_pacing_rule_are_those_of_the_code(rule):
+    row = re.search(rf"^\| `{rule}` \| (.*?) \|", PAGE, re.M)
+    stated = dict(re.findall(r"`(\w+)` \(([\d.]+)", row[1]))
+    pacing = make_pacing(rule, {}, 3, 100)
+    assert stated
+    for name, value in stated.items():
+        assert getattr(pacing, name) == float(value)
+
+
+def test_documented_reader_finds_the_timesteps_of_every_stage_with_json_alone(curriculum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curriculum.save("curriculum.json")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], names)
+    assert names["plan"] == json.loads(Path("curriculum.json").read_text())
+    for stage, tasks in enumerate(curriculum.stages()):
+        expected = [t for i in tasks for t in range(curriculum.tasks[i].t_first, curriculum.tasks[i].t_last + 1)]
+        assert sorted(names["timesteps"](stage)) == expected
