@@ -106,6 +106,50 @@ def measure(
     print(f"Results and figures: {out}", file=sys.stderr)
 
 
+def probe(
+    model: Annotated[str, tyro.conf.Positional],
+    data: DataArgument,
+    /,
+    out: Path,
+    process: str | None = None,
+    tasks: int = 20,
+    grid: Literal["t", "log-snr"] = "t",
+    draws: int = 1024,
+    floor_from: Path | None = None,
+    batch: int = 64,
+    json: bool = False,
+) -> None:
+    """Judge an existing checkpoint on every denoising task, on fixed held-out draws.
+
+    Example: difficulty probe runs/mine digits --out runs/probe
+
+    Args:
+        model: a training run's folder, a denoiser.safetensors, a diffusers folder with its scheduler, or
+            FILE.py:FUNCTION with FUNCTION(x_t, t) -> eps.
+        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        out: folder to write.
+        process: needed only for FILE.py:FUNCTION.
+        tasks: number of tasks.
+        grid: tasks of equal length in t, or in log-SNR.
+        draws: fixed draws per task.
+        floor_from: folder of `difficulty measure` with the same data, process, tasks and draws.
+        batch: samples at a time.
+        json: print ranking.json on standard output.
+    """
+    from difficulty.probe import probe as run
+
+    bars = StageBars()
+    try:
+        found = run(
+            model, data, process, out=out, tasks=tasks, grid=grid, draws=draws, floor_from=floor_from, batch=batch,
+            progress=lambda done, total: bars("tasks", done, total),
+        )  # fmt: skip
+    finally:
+        bars.close()
+    _print_ranking(found.ranking.model_dump(), json)
+    print(f"Results: {out}", file=sys.stderr)
+
+
 def rank(folder: FolderArgument, /, json: bool = False) -> None:
     """Make ranking.json of a finished measurement again from its tables.
 
@@ -185,6 +229,7 @@ def _print_registry(factories: Mapping[str, Callable[..., Any]], as_json: bool) 
 
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "measure": measure,
+    "probe": probe,
     "rank": rank,
     "plot": plot,
     "datasets": datasets,

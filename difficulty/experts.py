@@ -13,7 +13,19 @@ Two engines give the same numbers to float tolerance: ``vmap`` stacks the parame
 batched program; ``loop`` runs one after the other, which is faster for convolutions and attention on a CPU.
 """
 
-__all__ = ["ENGINES", "ExpertCurves", "ExpertPlan", "build_expert", "log_spaced_iterations", "train_experts"]
+__all__ = [
+    "ENGINES",
+    "ExpertCurves",
+    "ExpertPlan",
+    "HeldOutDraws",
+    "build_expert",
+    "floor_losses",
+    "heldout_draws",
+    "log_spaced_iterations",
+    "posterior_eps_at",
+    "train_experts",
+    "wiener",
+]
 
 import hashlib
 import json
@@ -237,7 +249,7 @@ def train_experts(
         bank.parameters.values(), lr=plan.learning_rate, weight_decay=0.0, fused=True
     )
     draws = heldout_draws(dataset, tasks, plan.heldout_draws)
-    floor, posterior = _floor(dataset, process, draws)
+    floor, posterior = floor_losses(dataset, process, draws)
     run = _Checkpoint(resume_from, bank, optimizer, (dataset, process, tasks, plan))
     losses, excess = run.load()
 
@@ -328,7 +340,9 @@ def _append(
         excess.append(torch.cat(parts_excess, -1).numpy())
 
 
-def _floor(dataset: Dataset, process: Process, draws: HeldOutDraws) -> tuple[npt.NDArray[np.float64], Tensor | None]:
+def floor_losses(
+    dataset: Dataset, process: Process, draws: HeldOutDraws
+) -> tuple[npt.NDArray[np.float64], Tensor | None]:
     """Losses (K, M) of the best denoiser known beforehand, and E[eps | x_t] (K, M, *) where the law is exact."""
     law = dataset.law or wiener(dataset)
     estimate = posterior_eps_at(law, process, draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())

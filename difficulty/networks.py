@@ -5,7 +5,7 @@ and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 202
 predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
 """
 
-__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network", "own_function"]
 
 import functools
 import importlib.util
@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +232,7 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_generator(seed).initial_seed())
         if file.endswith(".py"):
-            network = _own_factory(Path(file), name)(shape)
+            network = own_function(Path(file), name)(shape)
         else:
             network = build("network", spec, {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()})
     check_network(network, spec, shape)
@@ -253,9 +254,14 @@ def check_network(network: object, name: str, shape: tuple[int, ...]) -> None:
         raise InputError(f"network {name!r} maps x of shape {(2, *shape)} to {found}; it must keep the shape")
 
 
-def _own_factory(path: Path, name: str) -> Callable[[tuple[int, ...]], nn.Module]:
+def own_function(path: Path, name: str) -> Callable[..., Any]:
+    """The function or class ``name`` of the user's Python file, which is executed.
+
+    Raises:
+        InputError: if the file or the name does not exist.
+    """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; name the user's own network as FILE.py:FACTORY")
+        raise InputError(f"{path} does not exist; name something of your own as FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is no Python file")

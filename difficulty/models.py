@@ -1,0 +1,205 @@
+"""Trained denoisers from files: this project's own, diffusers folders, and the user's functions, in one form.
+
+A ``TrainedModel`` estimates eps at (x_t, t) for integer t of its own process. Weights are read from safetensors only;
+nothing is unpickled. A conditional network is asked without its condition: class networks are given their null class,
+text networks zeros as embeddings.
+"""
+
+__all__ = ["TrainedModel", "load_denoiser", "load_model", "save_denoiser"]
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from difficulty.denoiser import Denoiser
+from difficulty.errors import InputError
+from difficulty.networks import build_network, own_function
+from difficulty.prediction import EDM_SIGMA_DATA, to_eps
+from difficulty.process import Process, from_arrays
+from difficulty.records import read_json, write_bytes
+from difficulty.schedulers import ScheduledProcess, process_from_scheduler
+
+DENOISER_FILE = "denoiser.safetensors"
+DENOISER_FORMAT = "denoising-difficulty/denoiser/1"
+BACKBONES = ("unet", "transformer")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A denoiser to be judged.
+
+    Args:
+        name: where it came from.
+        process: its forward process; None for a function that works with the process it is probed on.
+        eps: estimate of eps at x_t (B, *) and integer t (B,), of the shape of x_t.
+    """
+
+    name: str
+    process: Process | None
+    eps: Callable[[Tensor, Tensor], Tensor]
+
+
+def save_denoiser(denoiser: Denoiser, path: Path, network: str, shape: tuple[int, ...]) -> None:
+    """Write a denoiser with all that is needed to use it: weights, network, process, prediction, scales.
+
+    Args:
+        denoiser: to be written.
+        path: of the safetensors file.
+        network: how ``build_network`` makes the network.
+        shape: of one sample.
+    """
+    facts = {
+        "network": network,
+        "shape": list(shape),
+        "prediction": denoiser.prediction,
+        "data_std": denoiser.data_std,
+        "baseline": denoiser.baseline,
+        "process": denoiser.process.name,
+    }
+    weights = denoiser.network.state_dict()
+    tensors = {f"network/{key}": value.detach().cpu().contiguous() for key, value in weights.items()}
+    tensors["alpha"], tensors["sigma"] = (torch.from_numpy(a) for a in (denoiser.process.alpha, denoiser.process.sigma))
+    write_bytes(path, save(tensors, {"format": DENOISER_FORMAT, "facts": json.dumps(facts)}))
+
+
+def load_denoiser(path: Path) -> Denoiser:
+    """Read what ``save_denoiser`` wrote.
+
+    Raises:
+        InputError: if the file is missing, truncated, foreign or of another version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not readable ({error}); it may be truncated") from None
+    if metadata.get("format") != DENOISER_FORMAT:
+        raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads {DENOISER_FORMAT!r}")
+    facts = json.loads(metadata["facts"])
+    process = from_arrays(tensors.pop("alpha").numpy(), tensors.pop("sigma").numpy(), facts["process"])
+    network = build_network(facts["network"], tuple(facts["shape"]), 0)
+    try:
+        network.load_state_dict({key.removeprefix("network/"): value for key, value in tensors.items()})
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit network {facts['network']!r} ({str(error).splitlines()[0]})") from None
+    return Denoiser(network, process, facts["prediction"], facts["data_std"], baseline=facts["baseline"]).eval()
+
+
+def load_model(spec: str | Path) -> TrainedModel:
+    """A trained model by name.
+
+    Args:
+        spec: a ``denoiser.safetensors`` file or a training run's folder that holds one; a diffusers pipeline or model
+            folder with its scheduler; or ``FILE.py:FUNCTION`` with ``FUNCTION(x_t, t) -> eps`` (the file is executed).
+
+    Raises:
+        InputError: if nothing usable is there.
+    """
+    text = str(spec)
+    file, _, name = text.rpartition(":")
+    if file.endswith(".py"):
+        return TrainedModel(text, None, own_function(Path(file), name))
+    path = Path(text)
+    if path.is_dir() and (path / DENOISER_FILE).exists():
+        path = path / DENOISER_FILE
+    if path.is_file():
+        denoiser = load_denoiser(path)
+        return TrainedModel(text, denoiser.process, denoiser.eps)
+    if path.is_dir() and ((path / "model_index.json").exists() or (path / "config.json").exists()):
+        return _from_diffusers(path)
+    raise InputError(
+        f"{text} is no model: give a {DENOISER_FILE}, a finished run's folder, a diffusers folder, or FILE.py:FUNCTION"
+    )
+
+
+def _from_diffusers(folder: Path) -> TrainedModel:
+    try:
+        import diffusers
+    except ImportError:
+        raise InputError(f"{folder} needs diffusers; install denoising-difficulty[diffusers]") from None
+    parts = {name: folder / name for name in BACKBONES if (folder / name / "config.json").exists()}
+    backbone = next(iter(parts.values()), folder)
+    schedules = [folder / "scheduler", folder, folder.parent / "scheduler"]
+    schedule = next((place for place in schedules if (place / "scheduler_config.json").exists()), None)
+    if schedule is None:
+        raise InputError(f"{folder} holds no scheduler; save it beside the model with scheduler.save_pretrained")
+    network = _component(diffusers, backbone, "config.json").eval()
+    scheduled = process_from_scheduler(_component(diffusers, schedule, "scheduler_config.json"))
+    return TrainedModel(str(folder), scheduled.process, _eps_of(network, scheduled))
+
+
+def _component(diffusers: Any, folder: Path, config: str) -> Any:
+    """The model or scheduler that a folder saved by ``save_pretrained`` holds."""
+    content = read_json(folder / config)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
+    loader = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if loader is None:
+        raise InputError(f"{folder / config} names {kind!r}, which diffusers {diffusers.__version__} does not have")
+    options = {"use_safetensors": True} if config == "config.json" else {}
+    try:
+        return loader.from_pretrained(folder, **options)
+    except Exception as error:  # diffusers raises many kinds for missing or truncated weights
+        raise InputError(f"cannot load {kind} from {folder} ({str(error).splitlines()[0]})") from None
+
+
+def _eps_of(network: Any, scheduled: ScheduledProcess) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network's estimate of eps as a function of (x_t, t)."""
+    process, condition = scheduled.process, _null_condition(network)
+    alphas, sigmas, timesteps = (
+        torch.as_tensor(a, dtype=torch.float32) for a in (process.alpha, process.sigma, scheduled.model_timesteps)
+    )
+
+    def eps(x_t: Tensor, t: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (x_t.ndim - 1))
+        alpha, sigma = alphas[t].reshape(shape), sigmas[t].reshape(shape)
+        scale = (alpha.square() * EDM_SIGMA_DATA**2 + sigma.square()).rsqrt() if scheduled.unit_input else 1.0
+        arguments = {key: make(len(x_t)) for key, make in condition.items()}
+        output = network(x_t * scale, timestep=timesteps[t], return_dict=False, **arguments)[0]
+        # A network that also learns the variance returns it as a second half of the channels.
+        output = output[:, : x_t.shape[1]]
+        if output.shape != x_t.shape:
+            raise InputError(f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}; give data of its size")
+        return to_eps(scheduled.prediction, output, x_t, alpha, sigma)
+
+    return eps
+
+
+def _zeros(width: int, n: int) -> Tensor:
+    """One token of zeros for each sample, (n, 1, width)."""
+    return torch.zeros(n, 1, width)
+
+
+def _null_condition(network: Any) -> dict[str, Callable[[int], Tensor]]:
+    """What a conditional diffusers network is given for "no condition": by argument, a function of the batch size."""
+    config = network.config
+    makers: dict[str, Callable[[int], Tensor]] = {}
+    for name, parameter in inspect.signature(network.forward).parameters.items():
+        if name == "class_labels" and config.get("num_embeds_ada_norm"):
+            makers[name] = lambda n: torch.full((n,), config["num_embeds_ada_norm"], dtype=torch.long)
+        elif name == "class_labels" and config.get("num_class_embeds"):
+            makers[name] = lambda n: torch.full((n,), config["num_class_embeds"] - 1, dtype=torch.long)
+        elif name == "encoder_hidden_states":
+            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+            if width:
+                makers[name] = functools.partial(_zeros, width)
+        elif name == "pooled_projections" and config.get("pooled_projection_dim"):
+            makers[name] = lambda n: torch.zeros(n, config["pooled_projection_dim"])
+        elif (
+            parameter.default is inspect.Parameter.empty
+            and name not in ("sample", "hidden_states", "timestep")
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ):
+            raise InputError(f"{type(network).__name__} needs {name!r}; probe it as FILE.py:FUNCTION instead")
+    return makers

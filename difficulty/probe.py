@@ -1,0 +1,225 @@
+"""How well one trained network does each denoising task: an existing checkpoint judged on fixed draws.
+
+The draws (x0, eps, t) are those of `experts.py`: the same for every model, prediction and machine, stratified over t
+within each task. probe.csv has one row per task:
+
+    heldout_loss  E |eps - eps_hat|^2 summed over dimensions, with its standard error
+    floor         the Bayes loss of an exact law; else the best loss that a measurement of experts knows
+                  (``floor_from``), else that of a Gaussian denoiser; there the model itself may be the best
+    excess_nats   (loss - floor)/2, nats per unit log-SNR, with its 90 % interval over draws
+    linear_loss   loss of the Gaussian denoiser: a task in which the model is no better was hardly trained
+
+Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
+"""
+
+__all__ = ["PROBE_COLUMNS", "Probe", "probe"]
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from difficulty.datasets import Dataset, load_dataset
+from difficulty.errors import InputError
+from difficulty.experts import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
+from difficulty.models import TrainedModel, load_model
+from difficulty.process import Array, Process, get_process
+from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.records import finish_run, read_run, read_table, start_run, write_table
+from difficulty.tasks import Task, make_tasks
+
+PROBE_COLUMNS = (
+    "task", "t_first", "t_last", "heldout_loss", "heldout_se", "floor", "floor_kind", "excess_nats", "excess_se",
+    "ci_low", "ci_high", "linear_loss", "untrained",
+)  # fmt: skip
+NORMAL_95 = 1.6448536269514722  # a 90 % interval is +- this many standard errors
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a probe found: probe.csv, the ranking, and sentences for the reader."""
+
+    table: pd.DataFrame
+    ranking: Ranking
+    warnings: list[str]
+
+
+def probe(
+    model: str | Path | TrainedModel,
+    data: str | Path | Dataset,
+    process: str | Process | None = None,
+    *,
+    out: str | Path,
+    tasks: int = 20,
+    grid: str = "t",
+    draws: int = 1024,
+    floor_from: Path | None = None,
+    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Judge a trained model on every task and write a probe folder.
+
+    Args:
+        model: see ``load_model``.
+        data: see ``load_dataset``; its held-out samples are used.
+        process: needed only for a function of the user's, which has none of its own.
+        out: folder to write.
+        tasks, grid: see ``make_tasks``.
+        draws: fixed draws per task.
+        floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
+        batch: samples at a time; changes nothing but memory and speed.
+        progress: called with (tasks done, in all).
+
+    Raises:
+        InputError: if model, data, process or floor do not fit together.
+    """
+    if draws < 2 or batch < 1:
+        raise InputError(f"draws must be at least 2 and batch at least 1, got {draws} and {batch}")
+    model = model if isinstance(model, TrainedModel) else load_model(model)
+    dataset, out = load_dataset(data), Path(out)
+    chosen = _process_of(model, process)
+    cut = make_tasks(chosen, tasks, grid)
+    fixed = heldout_draws(dataset, cut, draws)
+    best = None if floor_from is None else _experts_floor(floor_from, dataset, chosen, cut)
+    _evaluate(model, chosen, fixed, 0, slice(0, 1))  # refused here, before anything is written, if it does not fit
+    config = {
+        "model": model.name,
+        "data": dataset.name,
+        "process": chosen.name,
+        "tasks": tasks,
+        "grid": grid,
+        "draws": draws,
+        "floor_from": None if floor_from is None else str(floor_from),
+        "dataset_fingerprint": dataset.fingerprint,
+        "process_fingerprint": chosen.fingerprint,
+    }
+    began = time.monotonic()
+    run = start_run(out, "probe", config)
+    losses = np.empty((len(cut), draws))
+    for k in range(len(cut)):
+        for start in range(0, draws, batch):
+            losses[k, start : start + batch] = _evaluate(model, chosen, fixed, k, slice(start, start + batch))
+        if progress is not None:
+            progress(k + 1, len(cut))
+    table = _table(dataset, chosen, cut, fixed, losses, best)
+    write_table(out / "probe.csv", table)
+    warnings = _warnings(table)
+    estimate = Estimate(
+        unit="nats per unit log-SNR",
+        value=table["excess_nats"].to_numpy(),
+        ci_low=table["ci_low"].to_numpy(),
+        ci_high=table["ci_high"].to_numpy(),
+        log=False,
+        flagged=(table["untrained"] | (table["floor_kind"] == "linear")).to_numpy(),
+        hardest_if_missing=True,
+        note="one shared network; intervals over held-out draws only",
+    )
+    ranking = rank_tasks(
+        {"excess_nats": estimate},
+        cut,
+        chosen,
+        dataset=dataset.fingerprint,
+        grid=grid,
+        provenance={"kind": "shared network", "model": model.name, "draws": draws},
+        notes=warnings,
+    )
+    ranking.save(out / "ranking.json")
+    finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
+    return Probe(table, ranking, warnings)
+
+
+def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
+    if model.process is None:
+        if process is None:
+            raise InputError(f"{model.name} has no process of its own; name the one it was trained on with --process")
+        return get_process(process)
+    if process is not None:
+        model.process.check_fingerprint(get_process(process).fingerprint, "the process asked for")
+    return model.process
+
+
+def _evaluate(model: TrainedModel, process: Process, draws: HeldOutDraws, task: int, rows: slice) -> Array:
+    """|eps - eps_hat|^2 summed over dimensions for some draws of a task."""
+    x0, eps, t = draws.x0[task, rows], draws.eps[task, rows], draws.t[task, rows]
+    shape = (-1, *(1,) * (x0.ndim - 1))
+    alpha, sigma = (torch.as_tensor(a, dtype=torch.float32)[t].reshape(shape) for a in (process.alpha, process.sigma))
+    try:
+        with torch.no_grad():
+            estimate = model.eps(alpha * x0 + sigma * eps, t)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{model.name} cannot take samples of shape {tuple(x0.shape[1:])} ({reason})") from None
+    if tuple(estimate.shape) != tuple(x0.shape):
+        raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
+    return (estimate.double() - eps.double()).square().flatten(1).sum(1).numpy()
+
+
+def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list[Task]) -> Array:
+    """Best known loss per task of a measurement on the same draws."""
+    run = read_run(folder, "measure")
+    process.check_fingerprint(run["config"]["process_fingerprint"], str(folder))
+    if run["config"]["dataset_fingerprint"] != dataset.fingerprint:
+        raise InputError(f"{folder} was measured on other data; measure {dataset.name} first")
+    table = read_table(folder / "losses.csv", ["task", "floor"]).groupby("task")["floor"].first()
+    recorded = [(task.t_first, task.t_last) for task in Ranking.load(folder).tasks]
+    if recorded != [(task.first, task.last) for task in tasks]:
+        raise InputError(f"{folder} has other tasks; probe with its --tasks and --grid")
+    return table.to_numpy(dtype=np.float64)
+
+
+def _table(
+    dataset: Dataset, process: Process, tasks: list[Task], draws: HeldOutDraws, losses: Array, best: Array | None
+) -> pd.DataFrame:
+    count = losses.shape[1]
+    flat = (draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
+    linear = posterior_eps_at(wiener(dataset), process, *flat) - flat[1].double()
+    linear_losses = linear.square().flatten(1).sum(1).reshape(losses.shape).numpy()
+    if dataset.law is not None:
+        floor, kind = floor_losses(dataset, process, draws)[0], "exact"
+        excess = 0.5 * (losses - floor)
+        mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
+        floor_mean = floor.mean(1)
+    else:
+        floor_mean, kind = (linear_losses.mean(1), "linear") if best is None else (best, "upper_bound")
+        mean = 0.5 * (losses.mean(1) - floor_mean)
+        paired = losses - linear_losses if best is None else losses
+        se = 0.5 * paired.std(1, ddof=1) / np.sqrt(count)
+    gain = linear_losses - losses
+    return pd.DataFrame(
+        {
+            "task": np.arange(len(tasks)),
+            "t_first": [task.first for task in tasks],
+            "t_last": [task.last for task in tasks],
+            "heldout_loss": losses.mean(1),
+            "heldout_se": losses.std(1, ddof=1) / np.sqrt(count),
+            "floor": floor_mean,
+            "floor_kind": kind,
+            "excess_nats": mean,
+            "excess_se": se,
+            "ci_low": mean - NORMAL_95 * se,
+            "ci_high": mean + NORMAL_95 * se,
+            "linear_loss": linear_losses.mean(1),
+            # Significantly worse than the linear denoiser: hardly trained here, or on other noise levels.
+            "untrained": ~(gain.mean(1) > -NORMAL_95 * gain.std(1, ddof=1) / np.sqrt(count)),
+        }
+    )
+
+
+def _warnings(table: pd.DataFrame) -> list[str]:
+    found = []
+    bad = table[table["untrained"]]
+    if len(bad):
+        spans = ", ".join(f"{first}..{last}" for first, last in zip(bad["t_first"], bad["t_last"], strict=True))
+        found.append(f"At t {spans} the model is worse than a linear denoiser: it was hardly trained there.")
+    if (table["floor_kind"] == "linear").any():
+        found.append(
+            "The floor is that of a linear denoiser, so the excess is a gain when negative; give --floor-from a "
+            "measurement for the excess over the best known loss."
+        )
+    return found

@@ -1,0 +1,94 @@
+"""The forward process behind a diffusers scheduler, what its model predicts, and which timestep the model is given.
+
+    DDPM family     betas:   alpha^2 = prod (1 - beta_i) in float64; the model is given t - 1
+    flow matching   sigmas:  alpha = 1 - sigma, with the scheduler's shift; the model is given the scheduler's timesteps
+    EDM             sigmas:  alpha = 1; the model is given 0.25 log sigma; inputs and outputs are preconditioned
+
+Schedulers list noise first; here noise increases with t, so their tables are turned round.
+"""
+
+__all__ = ["ScheduledProcess", "process_from_scheduler"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from difficulty.errors import InputError, choose
+from difficulty.prediction import EDM_SIGMA_DATA
+from difficulty.process import Array, Process, from_arrays
+
+PREDICTION_TYPES: Mapping[str, str] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledProcess:
+    """A process and how the scheduler's model is called on it.
+
+    Args:
+        process: the forward process.
+        prediction: what the model predicts, a name in ``difficulty.prediction.PREDICTIONS``.
+        model_timesteps: what the model is given at t, shape (T+1,); entry 0 is never used.
+        unit_input: whether the model is given x_t / sqrt(alpha^2 sd^2 + sigma^2), as EDM's is.
+    """
+
+    process: Process
+    prediction: str
+    model_timesteps: Array
+    unit_input: bool = False
+
+
+def process_from_scheduler(scheduler: Any) -> ScheduledProcess:
+    """The process of a diffusers scheduler instance.
+
+    Raises:
+        InputError: if the kind of scheduler or its prediction type is unknown.
+    """
+    name = type(scheduler).__name__
+    for kind, read in READERS.items():
+        if kind in name:
+            return read(scheduler, name)
+    if hasattr(scheduler, "alphas_cumprod"):
+        return _from_betas(scheduler, name)
+    raise InputError(
+        f"scheduler {name} has neither alphas_cumprod nor a known kind of sigmas; give its alpha and sigma as arrays "
+        f"(difficulty.from_arrays)"
+    )
+
+
+def _from_betas(scheduler: Any, name: str) -> ScheduledProcess:
+    betas = scheduler.betas.double().numpy()
+    with np.errstate(divide="ignore"):  # a zero terminal SNR has beta = 1
+        log_alpha_squared = np.cumsum(np.log1p(-betas))
+    process = from_arrays(np.exp(0.5 * log_alpha_squared), np.sqrt(-np.expm1(log_alpha_squared)), name)
+    prediction = choose(f"prediction type of {name}", scheduler.config.prediction_type, PREDICTION_TYPES)
+    return ScheduledProcess(process, prediction, np.arange(-1.0, process.T))
+
+
+def _ascending(scheduler: Any) -> tuple[Array, Array]:
+    """sigmas and model timesteps from clean to noisy, without the final 0."""
+    sigmas, timesteps = (np.asarray(a.cpu(), dtype=np.float64) for a in (scheduler.sigmas, scheduler.timesteps))
+    kept = sigmas[: len(timesteps)] > 0
+    return sigmas[: len(timesteps)][kept][::-1], timesteps[kept][::-1]
+
+
+def _from_flow(scheduler: Any, name: str) -> ScheduledProcess:
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise InputError(f"{name} shifts its sigmas by the image size; set_timesteps with mu and give arrays instead")
+    sigmas, timesteps = _ascending(scheduler)
+    process = from_arrays(1 - sigmas, sigmas, name)
+    return ScheduledProcess(process, "velocity", np.concatenate([[0.0], timesteps]))
+
+
+def _from_edm(scheduler: Any, name: str) -> ScheduledProcess:
+    if scheduler.config.sigma_data != EDM_SIGMA_DATA:
+        raise InputError(f"{name} has sigma_data {scheduler.config.sigma_data}; only {EDM_SIGMA_DATA} is supported")
+    if scheduler.config.prediction_type != "epsilon":  # what diffusers calls the output of Karras' preconditioning
+        raise InputError(f"{name} has prediction type {scheduler.config.prediction_type!r}; known is epsilon")
+    sigmas, timesteps = _ascending(scheduler)
+    process = from_arrays(np.ones_like(sigmas), sigmas, name)
+    return ScheduledProcess(process, "edm", np.concatenate([[0.0], timesteps]), unit_input=True)
+
+
+READERS: Mapping[str, Callable[[Any, str], ScheduledProcess]] = {"FlowMatch": _from_flow, "EDM": _from_edm}

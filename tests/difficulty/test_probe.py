@@ -1,0 +1,225 @@
+"""Existing checkpoints judged on fixed draws: against exact answers, and from folders alone."""
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from difficulty.commandline import run_cli
+from difficulty.datasets import load_dataset
+from difficulty.denoiser import Denoiser
+from difficulty.errors import InputError
+from difficulty.laws import gaussian
+from difficulty.models import TrainedModel, load_denoiser, load_model, save_denoiser
+from difficulty.networks import build_network
+from difficulty.probe import probe
+from difficulty.process import get_process
+from difficulty.schedulers import process_from_scheduler
+
+PROCESS = get_process("vp-linear")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    diffusers = pytest.importorskip("diffusers")
+
+
+def exact_model(law, factor=1.0):
+    """The posterior mean of eps, times a factor."""
+
+    def eps(x_t, t):
+        rows = [
+            law.posterior_eps(x[None].double(), float(PROCESS.alpha[step]), float(PROCESS.sigma[step]))
+            for x, step in zip(x_t, t.tolist(), strict=True)
+        ]
+        return factor * torch.cat(rows).float()
+
+    return TrainedModel("exact", PROCESS, eps)
+
+
+def test_the_exact_denoiser_has_no_excess(tmp_path):
+    data = load_dataset("gaussian:dim=3,var=0.25,n=200")
+    found = probe(exact_model(data.law), data, out=tmp_path / "p", tasks=5, draws=60)
+    np.testing.assert_allclose(found.table["excess_nats"], 0, atol=1e-5)
+    assert (found.table["floor_kind"] == "exact").all()
+    assert not found.table["untrained"].any()
+
+
+def test_the_zero_function_loses_the_whole_noise_and_is_called_untrained(tmp_path):
+    data = load_dataset("gaussian:dim=3,var=0.25,n=200")
+    found = probe(exact_model(gaussian(3, 0.25), 0.0), data, out=tmp_path / "p", tasks=5, draws=400)
+    np.testing.assert_allclose(found.table["heldout_loss"], 3, rtol=0.15)
+    assert found.table["untrained"].iloc[-1]
+    assert "hardly trained there" in found.ranking.verdict[-1]
+
+
+def test_the_batch_size_changes_nothing(tmp_path):
+    data = load_dataset("digits")
+    model = Denoiser(build_network("unet:width=8", data.shape, 0), PROCESS, "v", 0.7)
+    trained = TrainedModel("own", PROCESS, model.eps)
+    tables = [
+        probe(trained, data, out=tmp_path / str(batch), tasks=3, draws=50, batch=batch).table for batch in (1, 7, 64)
+    ]
+    for other in tables[1:]:
+        np.testing.assert_allclose(other["heldout_loss"], tables[0]["heldout_loss"], rtol=1e-6)
+
+
+def test_a_denoiser_is_read_back_as_it_was_written(tmp_path):
+    denoiser = Denoiser(build_network("mlp:width=16", (4,), 3), get_process("vp-cosine:T=50"), "v", 0.7)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1)
+    save_denoiser(denoiser, tmp_path / "denoiser.safetensors", "mlp:width=16", (4,))
+    again = load_model(tmp_path)
+    x, t = torch.randn(5, 4), torch.tensor([1, 10, 20, 30, 50])
+    assert torch.equal(again.eps(x, t), denoiser.eps(x, t))
+    again.process.check_fingerprint(denoiser.process.fingerprint, "the file")
+
+
+@pytest.fixture(scope="module")
+def unet_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_a_diffusers_pipeline_folder_is_probed_from_the_folder_alone(unet_folder, tmp_path):
+    out = tmp_path / "p"
+    code = run_cli_probe(unet_folder, "digits", "--out", out, "--tasks", "4", "--draws", "32")
+    assert code == 0
+    table = pd.read_csv(out / "probe.csv")
+    assert np.isfinite(table["heldout_loss"]).all()
+    # An untrained network is worse than a linear denoiser wherever the noise can be seen.
+    assert table["untrained"].any()
+
+
+def test_a_diffusers_model_is_called_as_its_own_pipeline_calls_it(unet_folder):
+    model = load_model(unet_folder)
+    unet = diffusers.UNet2DModel.from_pretrained(unet_folder / "unet")
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = unet(x, torch.tensor([0, 499, 999])).sample
+        assert torch.allclose(model.eps(x, torch.tensor([1, 500, 1000])), expected, atol=1e-5)
+
+
+def test_the_process_of_a_ddpm_scheduler_is_vp_linear():
+    scheduled = process_from_scheduler(diffusers.DDPMScheduler())
+    assert scheduled.prediction == "eps"
+    np.testing.assert_allclose(scheduled.process.sigma, PROCESS.sigma, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("epsilon", "eps"), ("sample", "x0"), ("v_prediction", "v")])
+def test_prediction_types_are_translated(kind, prediction):
+    assert process_from_scheduler(diffusers.DDIMScheduler(prediction_type=kind)).prediction == prediction
+
+
+def test_the_process_of_a_cosine_scheduler_is_vp_cosine():
+    scheduled = process_from_scheduler(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    np.testing.assert_allclose(scheduled.process.sigma, get_process("vp-cosine").sigma, rtol=1e-4)
+
+
+def test_the_process_of_a_flow_scheduler_is_flow_matching_with_its_shift():
+    plain = process_from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+    np.testing.assert_allclose(plain.process.sigma, get_process("flow-matching").sigma, atol=1e-6)
+    assert plain.prediction == "velocity"
+    shifted = process_from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)).process
+    u = np.arange(1, 1001) / 1000
+    np.testing.assert_allclose(shifted.sigma[1:], 3 * u / (1 + 2 * u), rtol=1e-4)
+
+
+def test_the_process_of_an_edm_scheduler_is_edm():
+    scheduled = process_from_scheduler(diffusers.EDMEulerScheduler())
+    expected = get_process(f"edm:T={scheduled.process.T}").sigma[1:]
+    np.testing.assert_allclose(scheduled.process.sigma[1:], expected, rtol=1e-4)
+    np.testing.assert_allclose(scheduled.model_timesteps[1:], 0.25 * np.log(scheduled.process.sigma[1:]), atol=1e-5)
+
+
+def test_a_zero_terminal_snr_ends_in_pure_noise():
+    process = process_from_scheduler(diffusers.DDIMScheduler(rescale_betas_zero_snr=True)).process
+    assert process.log_snr(process.T) < -10
+
+
+def test_a_flow_matching_transformer_is_probed_from_its_folder(tmp_path):
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    transformer.save_pretrained(tmp_path / "sd3" / "transformer")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "sd3" / "scheduler")
+    (tmp_path / "sd3" / "model_index.json").write_text("{}")
+    found = probe(tmp_path / "sd3", "digits", out=tmp_path / "p", tasks=3, draws=16)
+    assert np.isfinite(found.table["heldout_loss"]).all()
+
+
+def run_cli_probe(*args):
+    from difficulty.cli import SUBCOMMANDS
+
+    return run_cli(SUBCOMMANDS, "difficulty", "", ["probe", *map(str, args)])
+
+
+def test_a_users_function_is_probed_on_the_process_it_names(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def zero(x_t, t):\n    return 0 * x_t\n")
+    spec = f"{tmp_path / 'mine.py'}:zero"
+    common = ["grid-2d:n=100", "--tasks", "3", "--draws", "64"]
+    assert run_cli_probe(spec, *common, "--out", tmp_path / "a") == 2
+    assert "name the one it was trained on" in capsys.readouterr().err
+    assert run_cli_probe(spec, *common, "--process", "edm", "--json", "--out", tmp_path / "b") == 0
+    ranking = json.loads(capsys.readouterr().out)
+    assert ranking["provenance"]["kind"] == "shared network"
+
+
+def refused(match, *args, **changes):
+    with pytest.raises(InputError, match=match):
+        probe(*args, **changes)
+
+
+def test_models_that_cannot_be_used_cost_one_sentence(tmp_path, unet_folder):
+    out = tmp_path / "out"
+    refused("is no model", tmp_path, "digits", out=out)
+    refused("cannot take samples|maps", unet_folder, "grid-2d:n=100", out=out)
+    refused("noise levels differ", unet_folder, "digits", "vp-cosine", out=out)
+    bare = tmp_path / "bare"
+    diffusers.UNet2DModel.from_pretrained(unet_folder / "unet").save_pretrained(bare)
+    refused("holds no scheduler", bare, "digits", out=out)
+    diffusers.DDPMScheduler().save_pretrained(bare / "scheduler")
+    config = json.loads((bare / "scheduler" / "scheduler_config.json").read_text())
+    (bare / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "noise"}))
+    refused("prediction type of DDPMScheduler 'noise'; known are epsilon", bare, "digits", out=out)
+    (bare / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    weights = bare / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    refused("cannot load UNet2DModel", bare, "digits", out=out)
+    assert not out.exists()
+
+
+def test_a_damaged_denoiser_file_is_refused(tmp_path):
+    denoiser = Denoiser(build_network("mlp:width=16", (4,), 3), PROCESS, "v", 0.7)
+    path = tmp_path / "denoiser.safetensors"
+    save_denoiser(denoiser, path, "mlp:width=8", (4,))
+    with pytest.raises(InputError, match="does not fit network 'mlp:width=8'"):
+        load_denoiser(path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match="not readable"):
+        load_denoiser(path)
+
+
+def test_a_floor_of_other_data_or_tasks_is_refused(tmp_path):
+    from difficulty.experts import ExpertPlan
+    from difficulty.measurement import measure
+
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((60, 2)).astype(np.float32))
+    plan = ExpertPlan(network="mlp:width=16", seeds=(0,), budget=20, batch=8, heldout_draws=64)
+    measure(tmp_path / "a.npy", PROCESS, out=tmp_path / "m", tasks=3, measures=["convergence"], plan=plan)
+    model = exact_model(gaussian(2, 1.0))
+    found = probe(model, tmp_path / "a.npy", out=tmp_path / "p", tasks=3, draws=64, floor_from=tmp_path / "m")
+    assert (found.table["floor_kind"] == "upper_bound").all()
+    refused("other tasks", model, tmp_path / "a.npy", out=tmp_path / "q", tasks=4, floor_from=tmp_path / "m")
+    refused("other data", model, "grid-2d:n=60", out=tmp_path / "q", tasks=3, floor_from=tmp_path / "m")
