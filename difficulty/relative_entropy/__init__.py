@@ -2,11 +2,13 @@
 
 __all__ = ["COLUMNS", "ESTIMATORS", "kl"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
@@ -30,7 +32,7 @@ def kl(
     pairs: Sequence[int] | None = None,
     tasks: int | None = None,
     samples: int = 4000,
-    bootstrap: int = 12,
+    bootstrap: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
@@ -48,9 +50,9 @@ def kl(
         progress: called with (done, total) as the work goes on.
 
     Returns:
-        A table with ``COLUMNS``: kl, se, ci_low, ci_high (90 %), kl_reverse = KL(p_t || p_{t-1}) and upper_bound (F7) in
-        nats; per_dlogsnr2 = kl per squared step of log-SNR; fisher_rao = sqrt(2 kl), which adds up along t; i_min the
-        schedule-free rate per squared step of log noise scale (F5); estimator, valid and reason (empty where valid).
+        A table with ``COLUMNS``: kl, se, ci_low, ci_high (90 %), kl_reverse = KL(p_t || p_{t-1}) and upper_bound (F7)
+        in nats; per_dlogsnr2 = kl per squared step of log-SNR; fisher_rao = sqrt(2 kl), which adds up along t; i_min
+        the schedule-free rate per squared step of log noise scale (F5); estimator, valid and reason (empty if valid).
 
     Raises:
         InputError: if an argument is out of its range or the data do not suit the estimator.
@@ -70,8 +72,23 @@ def kl(
     if len(inside):
         rows = wanted.take(inside)
         settings = Settings(samples, bootstrap, seed, progress or (lambda done, total: None))
-        table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
+        with _one_thread():
+            table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: the matrices are many and small, and threads that wait for each other cost more than they bring."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fill(table: pd.DataFrame, rows: np.ndarray, pairs: Pairs, found: Estimate, dataset: Dataset) -> pd.DataFrame:

@@ -17,6 +17,8 @@ from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit
 Array = npt.NDArray[np.float64]
 
 BINS = 256
+# A fit to a part of the rows starts from the fit to all of them and is soon there.
+WARM_ITERATIONS = 15
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
             earlier = original if like.axes is None else original @ like.axes.numpy()
             start = responsibilities(block.law, earlier[:, :leading])
         options = MixtureOptions(candidate.components, candidate.strength)
-        law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start)
+        law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start, 50 if start is None else WARM_ITERATIONS)
     blocks: list[tuple[slice, Block]] = [(slice(0, leading), MixtureBlock(law))]
     if leading < d:
         rest = rows[:, leading:]

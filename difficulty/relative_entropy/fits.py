@@ -53,6 +53,10 @@ class Block(ABC):
         """Relative entropies of the block."""
 
     @abstractmethod
+    def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
+        """KL(p_from || p_t) only, nats, (m,)."""
+
+    @abstractmethod
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         """A, B, C of F5 at tau = log s, shape (m, 3)."""
 
@@ -87,8 +91,11 @@ class GaussianBlock(Block):
         self.axes = None if axes is None else torch.from_numpy(axes)
 
     def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
-        kl = gaussian_kl(pairs, self.eigenvalues, self.mean)
+        kl = self.forward(pairs, samples, seed)
         return Measured(kl, gaussian_kl(pairs, self.eigenvalues, self.mean, reverse=True), np.zeros_like(kl))
+
+    def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
+        return gaussian_kl(pairs, self.eigenvalues, self.mean)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         return gaussian_profile(tau, self.eigenvalues, self.mean)
@@ -132,6 +139,11 @@ class MixtureBlock(Block):
         kl, error = kl_from_log_ratio(torch.cat(forward, 1))
         kl_reverse, _ = kl_from_log_ratio(torch.cat(backward, 1))
         return Measured(kl.numpy(), kl_reverse.numpy(), error.numpy())
+
+    def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
+        kernels = self._kernels(*self._draw(samples, seed))
+        ratios = [kernel.log_ratio(pairs.first, pairs.second) for kernel in kernels]
+        return kl_from_log_ratio(torch.cat(ratios, 1))[0].numpy()
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
@@ -180,6 +192,9 @@ class ProductBlock(Block):
     def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
         values = [self._quadrature(pairs.first, pairs.second), self._quadrature(pairs.second, pairs.first)]
         return Measured(values[0], values[1], np.zeros(len(pairs)))
+
+    def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
+        return self._quadrature(pairs.first, pairs.second)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         # Independent axes: the mean of each score is zero, so second moments add.
@@ -273,6 +288,10 @@ class Fit:
         for _, block in self.blocks:
             total = total + block.measure(pairs, samples, seed)
         return total
+
+    def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
+        """KL(p_from || p_t) only, the sum over blocks."""
+        return np.sum([block.forward(pairs, samples, seed) for _, block in self.blocks], axis=0)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         """A, B, C, the sum over blocks, shape (m, 3)."""

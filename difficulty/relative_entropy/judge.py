@@ -42,7 +42,7 @@ Rows = npt.NDArray[np.int64]
 ANCHORS = 40
 HELDOUT_ROWS = 1500
 # Noise draws per held-out row in the tests, half of them the negatives of the others.
-DRAWS = 8
+DRAWS = 4
 MOST_AXES = 96
 # Of candidates with at least this weight relative to the most likely one, the simplest is taken.
 PLAUSIBLE = 0.3
@@ -60,8 +60,9 @@ class Limits:
     Args:
         error: largest standard error.
         bias: largest first-order bias that may be corrected.
-        cross: tolerated difference between the estimate and its held-out cross value, beyond 1.64 standard errors.
-        second_moment: the same for Var[f] on held-out rows against the fit.
+        cross: tolerated difference between the estimate and its held-out cross value, beyond 1.3 standard errors.
+        second_moment: the same for Var[f] on held-out rows above that under the fit, as an overfit makes it.
+        flat: the same below it, as edges and thin shells make it.
         bound: the same for a certified lower bound above the estimate.
         floor: smallest noise scale in units of the step between quantised values.
         missing: largest share of a discrete law that was seen only once.
@@ -69,8 +70,9 @@ class Limits:
 
     error: float = 0.12
     bias: float = 0.3
-    cross: float = 0.25
+    cross: float = 0.2
     second_moment: float = 0.4
+    flat: float = 0.1
     bound: float = 0.15
     floor: float = 0.5
     missing: float = 0.2
@@ -170,6 +172,7 @@ class Judge:
         self.tau = np.minimum(self.anchors.tau, 0.5 * np.log(sample.second_moment + 1e-30) + 7)
         self.halves = self._halves()
         self.folds = self._folds()
+        self.fold_fits: dict[tuple[Candidate, int], Fit] = {}
         null = np.zeros(sample.dim - sample.rank)
         null_mean = null.copy()
         null_mean[:1] = sample.null_mean
@@ -186,14 +189,10 @@ class Judge:
         kl = rest + exact.kl
         share = rest / kl
         reasons = self._reasons(found, share)
-        i_min = self._i_min(found)
+        i_min = self.moments()[:, 3]
         reverse = found.reverse * rest + exact.kl_reverse
         family = np.array([c.family for c in found.family], dtype=object)
         return self._everywhere(kl, reverse, share * found.error, i_min, family, reasons)
-
-    def profile(self) -> tuple[Array, Array, Array]:
-        """A, B, C and I_min at the anchors of the fits to all rows, after ``estimate``."""
-        raise NotImplementedError
 
     # -- choice ------------------------------------------------------------------------------------------------------
 
@@ -213,7 +212,7 @@ class Judge:
         # A rival counts by the likelihood ratio on all held-out rows, tempered since the rows have other uses.
         weight = np.exp(0.5 * (total - total.max(0)))
         size = np.array([c.parameters(self.sample.rank) for c in names])
-        best = np.argmin(np.where(weight > PLAUSIBLE, size[:, None], np.inf), axis=0)
+        best = _simplest_cover(weight > PLAUSIBLE, size)
         # Richer fits that are no better are noise more often than news; simpler ones are not.
         richer = size[:, None] > size[best]
         weight = np.where(richer, np.minimum(weight, RICHER_WEIGHT), np.minimum(weight, 1.0 - 1e-9))
@@ -226,10 +225,16 @@ class Judge:
             return np.zeros((len(self.at), 1))
         parts = []
         for fold, (inside, outside) in enumerate(self.folds):
-            fit = fit_candidate(self.rows[inside], self.sample.counts[inside], candidate, self.plan)
+            fit = self._fold_fit(candidate, fold, inside)
             x, eps, n = self._heldout(outside, fold, 2)
             parts.append(fit.log_density(x, eps, self.tau).reshape(len(self.at), n, 2).mean(2).numpy())
         return np.concatenate(parts, 1)
+
+    def _fold_fit(self, candidate: Candidate, fold: int, inside: Rows) -> Fit:
+        key = (candidate, fold)
+        if key not in self.fold_fits:
+            self.fold_fits[key] = fit_candidate(self.rows[inside], self.sample.counts[inside], candidate, self.plan)
+        return self.fold_fits[key]
 
     # -- measurement -------------------------------------------------------------------------------------------------
 
@@ -241,7 +246,8 @@ class Judge:
         replicated, tested = {}, {}
         jobs = [*winners, *rivals]
         for done, i in enumerate(jobs):
-            replicated[i] = self._replicate(names[i], len(self.halves) if i in winners else 2)
+            where = np.flatnonzero(weight[i] > 0.02)
+            replicated[i] = self._replicate(names[i], len(self.halves) if i in winners else 2, where)
             tested[i] = self._test(names[i])
             self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
@@ -261,7 +267,8 @@ class Judge:
             doubt += w * (other.corrected - log_kl) ** 2
             total += w
         doubt = np.sqrt(doubt / total)
-        doubt = np.sqrt(doubt**2 + self._capacity(names, best, replicated) ** 2 + self._far_rows(names, best, replicated) ** 2)
+        capacity, far = self._capacity(names, best, replicated), self._far_rows(names, best, replicated)
+        doubt = np.sqrt(doubt**2 + capacity**2 + far**2)
         error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + (0.4 * bias) ** 2 + 0.02**2)
         test = Tested(
             pick({i: tested[i].second_moment for i in winners}),
@@ -286,9 +293,8 @@ class Judge:
             kind = [c for c in self.pool if (c.family, c.strength) == (top.family, top.strength)]
             if top != kind[-1] or len(kind) < 2:
                 continue
-            poorer = self._whole(kind[-2])
-            rows = best == i
-            change[rows] = np.abs(_log(poorer) - _log(replicated[i].kl))[rows]
+            rows = np.flatnonzero(best == i)
+            change[rows] = np.abs(_log(self._whole(kind[-2], rows)) - _log(replicated[i].kl[rows]))
         return change
 
     def _far_rows(self, names: list[Candidate], best: Rows, replicated: dict[int, Replicated]) -> Array:
@@ -302,25 +308,29 @@ class Judge:
         far = np.argsort((x**2).sum(1))[len(x) - few :]
         kept = np.setdiff1d(np.arange(len(x)), far)
         for i in set(best.tolist()):
-            rows = best == i
-            change[rows] = np.abs(_log(self._whole(names[i], kept)) - _log(replicated[i].kl))[rows]
+            rows = np.flatnonzero(best == i)
+            change[rows] = np.abs(_log(self._whole(names[i], rows, kept)) - _log(replicated[i].kl[rows]))
         return change
 
-    def _whole(self, candidate: Candidate, rows: Rows | None = None) -> Array:
-        """KL at the anchors of a fit to all rows, or to the given ones."""
+    def _whole(self, candidate: Candidate, where: Rows, rows: Rows | None = None) -> Array:
+        """KL at some anchors of a fit to all rows, or to the given ones."""
         chosen = np.arange(len(self.rows)) if rows is None else rows
         fit = fit_candidate(self.rows[chosen], self.sample.counts[chosen], candidate, self.plan)
-        return fit.measure(self.anchors, self.settings.samples, self.settings.seed).kl
+        return fit.forward(self.anchors.take(where), self.settings.samples, self.settings.seed)
 
-    def _replicate(self, candidate: Candidate, splits: int) -> Replicated:
+    def _replicate(self, candidate: Candidate, splits: int, where: Rows) -> Replicated:
+        """Fits to all rows and to halves; the halves are measured at the anchors where the candidate matters."""
         samples, seed = self.settings.samples, self.settings.seed
+        pairs = self.anchors.take(where)
         whole = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
         measured = whole.measure(self.anchors, samples, seed)
         halves = []
         for split in range(splits):
             for rows, counts in self._counts(split):
                 fit = fit_candidate(rows, counts, candidate, self.plan, whole)
-                halves.append(fit.measure(self.anchors, samples, seed).kl)
+                values = measured.kl.copy()
+                values[where] = fit.forward(pairs, max(samples // 2, 100), seed)
+                halves.append(values)
         return Replicated(whole, measured.kl, measured.kl_reverse, measured.error, np.array(halves))
 
     def _counts(self, split: int) -> list[tuple[Array, Array]]:
@@ -340,7 +350,7 @@ class Judge:
             return Tested(unknown, unknown - [np.inf, 0], unknown, unknown)
         held, cross, own, centred = [], [], [], []
         for fold, (inside, outside) in enumerate(self.folds):
-            fit = fit_candidate(self.rows[inside], self.sample.counts[inside], candidate, self.plan)
+            fit = self._fold_fit(candidate, fold, inside)
             x, eps, n = self._heldout(outside, fold, DRAWS)
             flow, dilation, _ = fit.evaluate(x, eps, self.tau)
             f = self._along(flow, dilation).reshape(len(self.at), n, 2, DRAWS // 2)
@@ -398,13 +408,17 @@ class Judge:
 
     def _reasons(self, found: Findings, share: Array) -> npt.NDArray[np.object_]:
         """Why a pair is not valid, empty where it is; ``share`` of the KL is estimated, the rest is exact."""
-        test, z = found.tested, 1.64
+        test, z = found.tested, 1.3
+        variance, variance_error = share * test.second_moment[:, 0], z * share * test.second_moment[:, 1]
         gap = np.abs(test.cross[:, 0] - found.log_kl)
         noise = self.anchors.sigma_from / np.maximum(self.anchors.alpha_from, 1e-12)
         unclear = test.cross[:, 1] > 0.5
         objections = [
             (noise < LIMITS.floor * self.sample.step, "the values are quantised in steps that this noise does not hide"),
-            (self.sample.discrete & (self.sample.missing > LIMITS.missing) & (noise > -1), "too many atoms of the law were seen only once"),
+            (
+                np.full(len(noise), self.sample.discrete and self.sample.missing > LIMITS.missing),
+                "too many atoms of the law were seen only once",
+            ),
             (share * np.abs(found.bias) > LIMITS.bias, "too few samples: half of them give a much different value"),
             (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
             (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),
@@ -418,7 +432,7 @@ class Judge:
                 "a certified lower bound (F6) lies above the estimate: the fit is too smooth for the data",
             ),
             (
-                share * np.abs(test.second_moment[:, 0]) > LIMITS.second_moment + z * share * test.second_moment[:, 1],
+                (variance > LIMITS.second_moment + variance_error) | (variance < -LIMITS.flat - variance_error),
                 "held-out data contradict the fit: its time score has another spread on them",
             ),
         ]  # fmt: skip
@@ -427,16 +441,16 @@ class Judge:
             reason[np.asarray(fails, bool)] = text
         return reason
 
-    def _i_min(self, found: Findings) -> Array:
-        """A - B^2/C of the chosen fits with the axes without variance, (m,)."""
-        out = np.zeros(len(self.at))
+    def moments(self) -> Array:
+        """A, B, C and A - B^2/C (F5) of the chosen fits at the anchors, shape (m, 4); after ``estimate``."""
+        out = np.zeros((len(self.at), 4))
         samples, seed = min(self.settings.samples, 2000), self.settings.seed
         for i in set(self.best.tolist()):
             rows = np.flatnonzero(self.best == i)
             tau, fit = self.tau[rows], self.replicated[i].fit
-            profile = fit.profile(tau, samples, seed) + self.null.profile(tau, 0, 0)
-            beta = profile[:, 1] / profile[:, 2]
-            out[rows] = fit.residual(tau, beta, samples, seed) + self.null.residual(tau, beta, 0, 0)
+            out[rows, :3] = fit.profile(tau, samples, seed) + self.null.profile(tau, 0, 0)
+            beta = out[rows, 1] / out[rows, 2]
+            out[rows, 3] = fit.residual(tau, beta, samples, seed) + self.null.residual(tau, beta, 0, 0)
         return out
 
     def _point_mass(self) -> Estimate:
@@ -471,6 +485,18 @@ class Judge:
         width = np.exp(stats.t.ppf(0.95, 2 * len(self.halves)) * np.minimum(error, 50.0))
         valid = np.asarray(reason == "", dtype=bool)
         return Estimate(kl, reverse, kl * error, kl / width, kl * width, i_min, family, valid, reason)
+
+
+def _simplest_cover(plausible: npt.NDArray[np.bool_], size: npt.NDArray[np.int64]) -> Rows:
+    """A plausible candidate for every anchor, from as few candidates as a greedy choice needs; simpler ones first."""
+    chosen: list[int] = []
+    open_ = np.ones(plausible.shape[1], dtype=bool)
+    while open_.any():
+        gain = (plausible & open_).sum(1)
+        chosen.append(min(np.flatnonzero(gain == gain.max()), key=lambda i: size[i]))
+        open_ &= ~plausible[chosen[-1]]
+    chosen.sort(key=lambda i: size[i])
+    return np.array([next(i for i in chosen if plausible[i, j]) for j in range(plausible.shape[1])])
 
 
 def _anchors(pairs: Pairs) -> Rows:

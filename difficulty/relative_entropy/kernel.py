@@ -117,7 +117,9 @@ class MixtureKernel:
 
     def _log_joint(self, alpha: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
         """log w_k + log N(x; k) without the 2 pi, shape (K, n, m)."""
-        quadratic = torch.bmm(self.features, _stack(alpha, sigma, 1 / v, torch.zeros_like(v)))
+        w = 1 / v
+        weights = torch.cat([alpha**2 * w, alpha * sigma * w, sigma**2 * w], 1)
+        quadratic = torch.bmm(self.features[:, :, : weights.shape[1]], weights)
         log_det = self.multiplicity * v.log().sum(1)
         return self.log_weights[:, None, None] - 0.5 * quadratic - 0.5 * log_det[:, None]
 

@@ -42,7 +42,7 @@ def fit_mixture(
     floor: float,
     seed: int,
     start: Tensor | None = None,
-    iterations: int = 60,
+    iterations: int = 50,
 ) -> GaussianMixture:
     """Fit to rows (n, d) with counts (n,).
 

@@ -1,0 +1,96 @@
+"""How accurate are the estimators of the relative entropy on laws that they know from samples only?
+
+    python benchmarks/relative_entropy_accuracy.py --out results/relative-entropy-accuracy [--laws N] [--processes vp-linear edm]
+
+Writes pairs.csv, one row per law, process, estimator, data set and pair, and accuracy.csv, the table: share of pairs
+marked valid, and of these the median and worst relative error and the coverage of the 90 % intervals; rank correlation
+over all pairs; seconds per pair. The laws (``known_laws.JUDGING``) played no part in the making of the estimators.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from known_laws import JUDGING
+from scipy.stats import spearmanr
+
+from difficulty.datasets import split_samples
+from difficulty.process import get_process
+from difficulty.records import write_table
+from difficulty.relative_entropy import kl
+from difficulty.relative_entropy.pairs import make_pairs
+
+TIMES = np.array([2, 4, 8, 16, 32, 65, 100, 150, 220, 320, 430, 550, 651, 800, 950])
+SIZES = (2000, 3500)
+
+
+def measure(name: str, process_name: str, estimator: str, seed: int) -> pd.DataFrame:
+    """One data set: n alternates with the seed."""
+    law, process = JUDGING[name](), get_process(process_name)
+    pairs = make_pairs(process, TIMES)
+    n = SIZES[seed % len(SIZES)]
+    rows = law.sample(n, np.random.default_rng([seed, 1 + sum(map(ord, name))]))
+    data = split_samples(name, rows.astype(np.float32))
+    start = time.perf_counter()
+    table = kl(data, process, estimator=estimator, pairs=TIMES, seed=seed)
+    seconds = (time.perf_counter() - start) / len(TIMES)
+    kept = table[["t", "log_snr", "kl", "ci_low", "ci_high", "upper_bound", "valid", "reason"]]
+    kept = kept.assign(family=table.estimator, truth=law.kl(pairs), seconds_per_pair=seconds)
+    facts = {"law": name, "dim": law.dim, "n": n, "process": process_name, "estimator": estimator, "seed": seed}
+    return pd.DataFrame([facts] * len(kept)).join(kept)
+
+
+def summarise(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The table, one row per estimator, process and law, and one per estimator and process for all laws."""
+    rows = []
+    keys = ["estimator", "process", "law"]
+    everything = pairs.assign(law="(all)")
+    for key, group in pd.concat([everything, pairs]).groupby(keys, sort=False):
+        valid = group[group.valid]
+        error = np.abs(valid.kl / valid.truth - 1)
+        covered = (valid.ci_low <= valid.truth) & (valid.truth <= valid.ci_high)
+        middle = group[group.t.between(65, 651)]
+        single = group.law.iloc[0] != "(all)"
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "pairs": len(group),
+                "valid": group.valid.mean(),
+                "valid_65_651": middle.valid.mean(),
+                "median_error": error.median(),
+                "worst_error": error.max(),
+                "beyond_30_percent": int((error > 0.3).sum()),
+                "coverage": covered.mean() if len(valid) else np.nan,
+                "rank_correlation": spearmanr(group.kl, group.truth).statistic if single else np.nan,
+                "seconds_per_pair": group.seconds_per_pair.mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--laws", nargs="+", default=list(JUDGING), choices=list(JUDGING))
+    parser.add_argument("--processes", nargs="+", default=["vp-linear"])
+    parser.add_argument("--estimators", nargs="+", default=["auto"])
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    parts: list[pd.DataFrame] = []
+    for name in arguments.laws:
+        for process in arguments.processes:
+            for estimator in arguments.estimators:
+                for seed in range(arguments.seeds):
+                    parts.append(measure(name, process, estimator, seed))
+                    row = summarise(parts[-1]).iloc[-1]
+                    print(" ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
+    pairs = pd.concat(parts, ignore_index=True)
+    write_table(arguments.out / "pairs.csv", pairs)
+    write_table(arguments.out / "accuracy.csv", summarise(pairs))
+    print(summarise(pairs).query("law == '(all)'").to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
