@@ -21,6 +21,7 @@ from difficulty.process import Process, get_process
 from difficulty.ranking import Ranking
 from difficulty.records import write_bytes, write_json
 from training.compare import compare as compare_arms
+from training.conditional import accuracy
 from training.curriculum import Curriculum, known_process, make_curriculum
 from training.heldout import HeldOut
 from training.metrics import SampleJudge
@@ -126,6 +127,8 @@ def run(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     ema_decay: float = 0.9999,
+    conditional: bool = False,
+    label_dropout: float = 0.1,
     seed: int = 0,
     evaluate_every: int = 100,
     checkpoint_every: int = 200,
@@ -157,6 +160,8 @@ def run(
         weight_decay: Of AdamW.
         clip: Greatest norm of the gradient, 0 for none.
         ema_decay: Greatest decay of the averaged weights.
+        conditional: Tell the network the class of each sample.
+        label_dropout: How often it is not told, which makes guidance possible.
         seed: Of weights, batches, noise and timesteps.
         evaluate_every: Iterations between held-out losses, 0 for the end only.
         checkpoint_every: Iterations between checkpoints, 0 for the end only.
@@ -183,6 +188,8 @@ def run(
         weight_decay=weight_decay,
         clip=clip,
         ema_decay=ema_decay,
+        conditional=conditional,
+        label_dropout=label_dropout,
         seed=seed,
     )
     cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
@@ -319,6 +326,8 @@ def sample(
     count: int = 64,
     method: str = "ddim",
     steps: int = 50,
+    labels: tuple[int, ...] = (),
+    guidance: float = 1.0,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -332,6 +341,8 @@ def sample(
         count: Samples.
         method: Sampler: ddim, heun or ancestral.
         steps: Steps of the sampler.
+        labels: Wanted classes of a conditional run, repeated in turn; default: all of them.
+        guidance: Classifier-free guidance; 1 is the conditional model itself.
         seed: Of the noise.
         device: cpu, cuda, or auto.
     """
@@ -344,7 +355,15 @@ def sample(
     denoiser, config = restore(folder)
     where = _device(device)
     drawn = draw_samples(
-        denoiser.to(where), count, tuple(config["shape"]), seed=seed, method=method, steps=steps, device=where
+        denoiser.to(where),
+        count,
+        tuple(config["shape"]),
+        seed=seed,
+        method=method,
+        steps=steps,
+        labels=_labels(labels, count, config["classes"]),
+        guidance=guidance,
+        device=where,
     )
     target = output or folder / "samples.npz"
     if target.suffix != ".npz":
@@ -364,6 +383,7 @@ def evaluate(
     samples: int = 1000,
     method: str = "ddim",
     steps: int = 50,
+    guidance: float = 1.0,
     seed: int = 0,
     json: bool = False,
 ) -> None:
@@ -378,6 +398,7 @@ def evaluate(
         samples: Samples that are judged.
         method: Sampler: ddim, heun or ancestral.
         steps: Steps of the sampler.
+        guidance: Of a conditional run, whose samples are also judged by a separate classifier.
         seed: Of the noise.
         json: Print everything as JSON, and write evaluation.json.
     """
@@ -389,7 +410,11 @@ def evaluate(
     tasks = _tasks(chosen, denoiser.process)
     measured = HeldOut(dataset, denoiser.process, tasks).evaluate(denoiser)
     judge = SampleJudge(dataset.train, metrics)
-    found = judge(draw_samples(denoiser, samples, dataset.shape, seed=seed, method=method, steps=steps))
+    labels = _labels((), samples, config["classes"])
+    drawn = draw_samples(
+        denoiser, samples, dataset.shape, seed=seed, method=method, steps=steps, labels=labels, guidance=guidance
+    )
+    found = judge(drawn)
     report: dict[str, Any] = {
         "nats": measured.nats,
         "loss": measured.loss,
@@ -399,6 +424,8 @@ def evaluate(
         "metrics": found,
         "split_half": judge.split_half(),
     }
+    if labels is not None:
+        report["condition"] = accuracy(drawn, labels, dataset)
     write_json(folder / "evaluation.json", report)
     if json:
         print(jsonlib.dumps(report))
@@ -406,6 +433,12 @@ def evaluate(
     print(f"held-out nats {measured.nats:.3f}, loss {measured.loss:.6f}")
     for name, value in found.items():
         print(f"  {name:10} {value:.4f}   (between two halves of the data: {report['split_half'][name]:.4f})")
+    if labels is not None:
+        obeyed = report["condition"]
+        print(
+            f"  class obeyed by {obeyed['accuracy']:.1%} [{obeyed['ci_low']:.1%}, {obeyed['ci_high']:.1%}] of the "
+            f"samples, judged by a classifier that is right on {obeyed['heldout']:.1%} of held-out data"
+        )
 
 
 def quickstart(
@@ -468,6 +501,18 @@ def plot(folder: File) -> None:
     """
     for path in draw_folder(folder):
         print(path)
+
+
+def _labels(wanted: tuple[int, ...], count: int, classes: int) -> torch.Tensor | None:
+    """Labels of the samples to draw; None for a model that was trained without."""
+    if not classes:
+        if wanted:
+            raise InputError("this run was trained without --conditional; it knows no labels")
+        return None
+    unknown = [label for label in wanted if not 0 <= label < classes]
+    if unknown:
+        raise InputError(f"label {unknown[0]} is none of the run's classes 0..{classes - 1}")
+    return torch.tensor(wanted or range(classes))[torch.arange(count) % (len(wanted) or classes)]
 
 
 def _options(items: tuple[str, ...]) -> dict[str, float | int | bool]:

@@ -25,6 +25,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.prediction import eps_loss_factor
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
+from training.conditional import LabelledNetwork, given
 from training.density import Interval, log_snr_widths
 from training.streams import HELDOUT
 
@@ -69,16 +70,18 @@ class HeldOut:
         # Each draw stands for length/per_task timesteps.
         self.log_snr_of_draw = self.widths * (np.array(lengths) / per_task)[:, None]
 
-    def select(self, mask: npt.NDArray[np.bool_]) -> "tuple[Tensor, Tensor, Tensor]":
-        """The draws (x0, eps, t) whose entry of ``mask`` is true."""
+    def select(self, mask: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The draws (x0, eps, t, labels) whose entry of ``mask`` is true."""
         chosen = torch.from_numpy(mask)
-        return self.x0[chosen], self.eps[chosen], self.t[chosen]
+        labels = None if self.labels is None else self.labels[chosen]
+        return self.x0[chosen], self.eps[chosen], self.t[chosen], labels
 
     @torch.no_grad()
     def evaluate(self, denoiser: Denoiser) -> HeldOutLoss:
         """Losses of a denoiser on the fixed draws."""
         device = denoiser.alpha.device
-        own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device)).cpu().double()
+        labels = None if self.labels is None else self.labels.to(device)
+        own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device), labels).cpu().double()
         alpha, sigma = denoiser.alpha.cpu()[self.t].double(), denoiser.sigma.cpu()[self.t].double()
         factor = eps_loss_factor(denoiser.prediction, alpha, sigma)
         per_draw = (own * factor).numpy()
@@ -97,7 +100,12 @@ class HeldOut:
 
 
 @torch.no_grad()
-def eval_losses(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """``denoiser.losses`` in chunks, without gradients."""
-    parts = zip(x0.split(CHUNK), eps.split(CHUNK), t.split(CHUNK), strict=True)
-    return torch.cat([denoiser.losses(*part) for part in parts])
+def eval_losses(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """``denoiser.losses`` in chunks, without gradients; a conditional denoiser is told the labels."""
+    told = labels if isinstance(denoiser.network, LabelledNetwork) else None
+    losses = []
+    for start in range(0, len(x0), CHUNK):
+        part = slice(start, start + CHUNK)
+        judged = denoiser if told is None else given(denoiser, told[part])
+        losses.append(judged.losses(x0[part], eps[part], t[part]))
+    return torch.cat(losses)

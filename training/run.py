@@ -30,6 +30,7 @@ from difficulty.ranking import RankingTask
 from difficulty.records import finish_run, read_json, start_run, write_table
 from difficulty.tasks import make_tasks
 from training.checkpoint import load_latest, save_checkpoint
+from training.conditional import LabelledNetwork
 from training.curriculum import Curriculum, known_process
 from training.heldout import HeldOut
 from training.sampling import draw_samples
@@ -124,7 +125,9 @@ def train(
             _log_heldout(trainer, heldout, float(loss), log)
             _write_tables(trainer, out, log, tasks)
         if show and _now(cadence.sample, trainer.done, last):
-            drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, device=device)
+            # A conditional model shows its classes in turn.
+            labels = torch.arange(cadence.grid) % trainer.classes if trainer.classes else None
+            drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, labels=labels, device=device)
             show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
         if _now(cadence.checkpoint, trainer.done, last):
             save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
@@ -152,6 +155,7 @@ def _open(
         "shape": list(trainer.data.shape),
         "data_std": trainer.denoiser.data_std,
         "value_range": trainer.data.value_range,
+        "classes": trainer.classes,
     }
     if not (out / "run.json").exists():
         return start_run(out, "train", config), None
@@ -203,6 +207,8 @@ def restore(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
         raise InputError(f"{folder} cannot be used: {reason}")
     plan = config["plan"]
     network = build_network(plan["network"], tuple(config["shape"]), plan["seed"])
+    if config["classes"]:
+        network = LabelledNetwork(network, config["classes"])
     network.load_state_dict(state["ema"])
     process = known_process(config["process"], f"the run in {folder}")
     return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config

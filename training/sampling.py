@@ -14,6 +14,7 @@ Start and added noise come from the seed alone, so that two networks are sampled
 __all__ = ["SAMPLERS", "draw_samples", "sampling_grid"]
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -21,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.randomness import normal
+from training.conditional import Guided, LabelledNetwork
 from training.streams import PRIOR, SAMPLER
 
 CHUNK = 1024  # samples per forward pass
@@ -96,37 +99,50 @@ def draw_samples(
     seed: int,
     method: str = "ddim",
     steps: int = 50,
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Samples of the model.
 
     Args:
-        denoiser: estimates x0; a ``Denoiser``, or anything like it.
+        denoiser: estimates x0; a ``Denoiser``, or anything like it if there are no labels.
         count: number of samples.
         shape: of one sample.
         seed: names the noise.
         method: a name in ``SAMPLERS``.
         steps: network evaluations, twice as many for heun.
+        labels: wanted classes (count,) for a conditional denoiser.
+        guidance: see `conditional.py`; 1 is the conditional model itself.
 
     Returns:
         float32 (count, *shape) on the CPU.
 
     Raises:
-        InputError: if the method is unknown or steps does not fit.
+        InputError: if the method is unknown, steps does not fit, or labels are given to an unconditional denoiser.
     """
     step = choose("sampler", method, SAMPLERS)
+    if labels is not None and not (isinstance(denoiser, Denoiser) and isinstance(denoiser.network, LabelledNetwork)):
+        raise InputError("this model was trained without labels; sample it without them")
     process = denoiser.process
     grid = sampling_grid(process, steps, denoiser.prediction)
     start = float(process.sigma[grid[0]]) * normal((count, *shape), seed, PRIOR, 0, 0)
 
-    def estimate(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        index = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        x0 = denoiser.x0(x, index)
-        return x0, (x - float(process.alpha[t]) * x0) / float(process.sigma[t])
-
+    models = [
+        Guided(denoiser, labels[first : first + CHUNK].to(device), guidance)
+        if labels is not None and isinstance(denoiser, Denoiser)
+        else denoiser
+        for first in range(0, count, CHUNK)
+    ]
     x = start.to(device)
     for number, (t, s) in enumerate(pairwise(grid)):
-        noise = normal((count, *shape), seed, SAMPLER, number, 0).to(device) if method == "ancestral" and s else None
-        noises = noise.split(CHUNK) if noise is not None else [x] * -(-count // CHUNK)
-        x = torch.cat([step(estimate, process, *pair, t, s) for pair in zip(x.split(CHUNK), noises, strict=True)])
+        noise = normal((count, *shape), seed, SAMPLER, number, 0).to(device) if method == "ancestral" and s else x
+        parts = zip(models, x.split(CHUNK), noise.split(CHUNK), strict=True)
+        x = torch.cat([step(partial(_estimate, model), process, part, z, t, s) for model, part, z in parts])
     return x.cpu()
+
+
+def _estimate(model: Estimator, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """(x0, eps) at one timestep for all samples."""
+    x0 = model.x0(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+    return x0, (x - float(model.process.alpha[t]) * x0) / float(model.process.sigma[t])

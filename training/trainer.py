@@ -24,10 +24,11 @@ from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
 from difficulty.networks import build_network
 from difficulty.process import Array, Process
-from difficulty.randomness import normal, stream
+from difficulty.randomness import normal, stream, uniform
+from training.conditional import LabelledNetwork, given
 from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
-from training.streams import BATCH, NOISE
+from training.streams import BATCH, LABELS, NOISE
 from training.timesteps import TimestepSampler
 from training.weights import loss_weights
 
@@ -69,6 +70,8 @@ class TrainPlan:
         warmup: iterations of linear warm-up.
         weight_decay: of AdamW.
         clip: greatest norm of the gradient; 0 for none.
+        conditional: whether the network is told the class of a sample.
+        label_dropout: how often it is not, for guidance.
         ema_decay: greatest decay of the moving average; after n updates it is min(ema_decay, (1+n)/(10+n)).
         seed: of weights, batches, noise and timesteps.
     """
@@ -86,6 +89,8 @@ class TrainPlan:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema_decay: float = 0.9999
+    conditional: bool = False
+    label_dropout: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +101,8 @@ class TrainPlan:
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout <= 1:
+            raise InputError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -136,6 +143,9 @@ class Trainer:
         self.samples = data.train.to(self.device)
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
+        self.classes = number_of_classes(data) if plan.conditional else 0
+        if plan.conditional:
+            network = LabelledNetwork(network, self.classes)
         self.denoiser = Denoiser(network, process, plan.prediction, data_std).to(self.device)
         self.averaged = AveragedModel(self.denoiser.network, multi_avg_fn=_ema_with_warmup(plan.ema_decay))
         # The same process and scales around the averaged weights.
@@ -167,7 +177,8 @@ class Trainer:
         x0 = self.samples[rows.to(self.device)]
         eps = normal(tuple(x0.shape), plan.seed, NOISE, step, 0).to(self.device)
         t, weight = self.sampler.sample(plan.batch, step=step, device=self.device)
-        losses = self.denoiser.losses(x0, eps, t) * self.loss_weight[t] * weight
+        denoiser = given(self.denoiser, self._labels(rows, step)) if plan.conditional else self.denoiser
+        losses = denoiser.losses(x0, eps, t) * self.loss_weight[t] * weight
         loss = losses.mean() / self.data.dim
         if not torch.isfinite(loss):
             raise Diverged(
@@ -186,6 +197,12 @@ class Trainer:
         self.sampler.update(loss)
         return loss.detach()
 
+    def _labels(self, rows: Tensor, step: int) -> Tensor:
+        """Labels of a batch, some replaced by the null label."""
+        assert self.data.labels is not None
+        dropped = uniform(tuple(rows.shape), self.plan.seed, LABELS, step, 0) < self.plan.label_dropout
+        return torch.where(dropped, self.classes, self.data.labels[rows]).to(self.device)
+
     def report_heldout(self, heldout: HeldOut) -> None:
         """Give the pacing rule its held-out losses if it wants them after this iteration.
 
@@ -193,8 +210,9 @@ class Trainer:
         """
         every = self.sampler.heldout_every
         if every and self.done % every == 0:
-            draws = heldout.select(self.sampler.active(heldout.t.numpy()))
-            losses = eval_losses(self.denoiser, *(part.to(self.device) for part in draws))
+            x0, eps, t, labels = heldout.select(self.sampler.active(heldout.t.numpy()))
+            told = None if labels is None else labels.to(self.device)
+            losses = eval_losses(self.denoiser, x0.to(self.device), eps.to(self.device), t.to(self.device), told)
             self.sampler.update_heldout(losses.cpu().double().tolist())
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,6 +242,17 @@ class Trainer:
         self.averaged.n_averaged.fill_(state["ema_updates"])
         self.sampler.load_state_dict(state["sampler"])
         self.done = state["step"]
+
+
+def number_of_classes(data: Dataset) -> int:
+    """Classes of a labelled data set.
+
+    Raises:
+        InputError: if it has no labels.
+    """
+    if data.labels is None:
+        raise InputError(f"data set {data.name!r} has no labels; train without conditioning")
+    return int(data.labels.max()) + 1
 
 
 Tensors = tuple[Tensor, ...] | list[Tensor]

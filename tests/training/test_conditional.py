@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+
+from difficulty.datasets import split_samples
+from difficulty.errors import InputError
+from difficulty.networks import NETWORKS, build_network
+from difficulty.process import get_process
+from training.conditional import Guided, LabelledNetwork, accuracy, given
+from training.heldout import HeldOut
+from training.run import Cadence, restore, train
+from training.sampling import draw_samples
+from training.trainer import Trainer, TrainPlan
+
+PLAN = TrainPlan(steps=300, batch=64, network="mlp:width=32,depth=2", lr=5e-3, conditional=True)
+
+
+@pytest.fixture(scope="module")
+def process():
+    # Ends in pure noise, where samplers start; 80 steps of the linear schedule do not.
+    return get_process("vp-cosine:T=80")
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """Points around (-1, 0) and (1, 0), labelled 0 and 1."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 600)
+    points = 0.2 * rng.normal(size=(600, 2)) + np.c_[2 * labels - 1, np.zeros(600)]
+    return split_samples("two classes", points, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def trained(two_classes, process):
+    torch.set_num_threads(1)
+    trainer = Trainer(two_classes, process, PLAN)
+    for _ in range(PLAN.steps):
+        trainer.step()
+    return trainer
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_untrained_labels_say_nothing(name):
+    shape = (1, 8, 8)
+    network = LabelledNetwork(build_network(name, shape, 0), 10)
+    for parameter in network.network.parameters():  # zero-initialised outputs would hide everything
+        if (parameter == 0).all() and parameter.shape[0] != 11:
+            torch.nn.init.normal_(parameter, std=0.1)
+    x, log_snr = torch.randn(6, *shape), torch.linspace(-3, 3, 6)
+    plain = network(x, log_snr)
+    assert torch.equal(plain, network(x, log_snr, torch.arange(6)))
+    torch.nn.init.normal_(network.network.embedding.label.weight)
+    assert not torch.allclose(network(x, log_snr), network(x, log_snr, torch.arange(6)))
+
+
+def test_conditional_samples_are_of_the_class_that_was_asked_for(trained, two_classes):
+    labels = torch.arange(400) % 2
+    samples = draw_samples(trained.ema, 400, (2,), seed=0, labels=labels)
+    obeyed = accuracy(samples, labels, two_classes)
+    assert obeyed["ci_low"] > 0.95
+    assert obeyed["ci_low"] <= obeyed["accuracy"] <= obeyed["ci_high"]
+    assert obeyed["heldout"] > 0.99
+
+
+def test_without_labels_the_same_network_samples_both_classes(trained, two_classes):
+    samples = draw_samples(trained.ema, 400, (2,), seed=0)
+    assert 0.3 < float((samples[:, 0] > 0).float().mean()) < 0.7
+
+
+def test_guidance_is_linear_between_the_unconditional_and_the_conditional_estimate(trained):
+    x, t, labels = torch.randn(8, 2), torch.full((8,), 60), torch.arange(8) % 2
+    plain, wanted = trained.ema.x0(x, t), given(trained.ema, labels).x0(x, t)
+    assert torch.equal(Guided(trained.ema, labels, 1.0).x0(x, t), wanted)
+    assert torch.allclose(Guided(trained.ema, labels, 0.0).x0(x, t), plain)
+    assert torch.allclose(Guided(trained.ema, labels, 3.0).x0(x, t), plain + 3 * (wanted - plain))
+    assert not torch.allclose(plain, wanted, atol=0.05)
+
+
+def test_labels_make_the_heldout_loss_of_labelled_data_smaller(trained, two_classes, process):
+    from difficulty.ranking import RankingTask
+    from difficulty.tasks import make_tasks
+
+    heldout = HeldOut(two_classes, process, [RankingTask.of(task, process) for task in make_tasks(process, 4)])
+    told = heldout.evaluate(trained.ema).nats
+    heldout.labels = None
+    assert told < heldout.evaluate(trained.ema).nats
+
+
+def test_labels_that_are_always_dropped_are_never_learned(two_classes, process):
+    plan = TrainPlan(**(vars(PLAN) | {"label_dropout": 1.0, "steps": 20}))
+    trainer = Trainer(two_classes, process, plan)
+    for _ in range(20):
+        trainer.step()
+    weight = trainer.denoiser.network.network.embedding.label.weight
+    assert (weight[:2] == 0).all()
+    assert (weight[2] != 0).any()
+
+
+def test_labels_are_dropped_as_often_as_asked(two_classes, process):
+    trainer = Trainer(two_classes, process, TrainPlan(**(vars(PLAN) | {"label_dropout": 0.3})))
+    rows = torch.arange(400)
+    dropped = torch.cat([trainer._labels(rows, step) == 2 for step in range(50)]).float().mean()
+    assert float(dropped) == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / 20000))
+
+
+def test_conditional_run_is_resumed_and_restored_with_its_labels(two_classes, process, tmp_path):
+    plan = TrainPlan(**(vars(PLAN) | {"steps": 30}))
+    cadence = Cadence(evaluate=10, checkpoint=10, sample=0)
+
+    def stop(trainer, loss):
+        if trainer.done == 17:
+            raise KeyboardInterrupt
+
+    whole = train(two_classes, process, plan, tmp_path / "whole", cadence=cadence)
+    with pytest.raises(KeyboardInterrupt):
+        train(two_classes, process, plan, tmp_path / "cut", cadence=cadence, watch=stop)
+    train(two_classes, process, plan, tmp_path / "cut", cadence=cadence)
+    denoiser, config = restore(tmp_path / "cut")
+    assert config["classes"] == 2
+    labels = torch.arange(6) % 2
+    first = draw_samples(denoiser, 6, (2,), seed=0, labels=labels, guidance=2.0)
+    assert torch.equal(first, draw_samples(whole.ema, 6, (2,), seed=0, labels=labels, guidance=2.0))
+
+
+def test_conditioning_without_labels_is_refused(gaussian, process, two_classes):
+    with pytest.raises(InputError, match="no labels"):
+        Trainer(gaussian, process, PLAN)
+    plain = Trainer(two_classes, process, TrainPlan(network="mlp:width=8"))
+    with pytest.raises(InputError, match="without labels"):
+        draw_samples(plain.ema, 4, (2,), seed=0, labels=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(InputError, match="no labels"):
+        accuracy(torch.zeros(2, 4), torch.zeros(2), gaussian)
