@@ -12,7 +12,7 @@ from training.run import Cadence, restore, train
 from training.sampling import draw_samples
 from training.trainer import Trainer, TrainPlan
 
-PLAN = TrainPlan(steps=300, batch=64, network="mlp:width=32,depth=2", lr=5e-3, conditional=True)
+PLAN = TrainPlan(steps=300, batch=64, network="mlp:width=32,depth=2", prediction="v", lr=5e-3, conditional=True)
 
 
 @pytest.fixture(scope="module")
