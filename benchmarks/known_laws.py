@@ -50,7 +50,7 @@ class Exact(KnownLaw):
 
     def kl(self, pairs):
         if isinstance(self.law, GaussianMixture) and len(self.law.means) == 1:
-            return gaussian_kl(pairs, self.law.eigenvalues[0].numpy(), self.law._rotated_means[0].numpy())
+            return gaussian_kl(pairs, self.law.eigenvalues[0].numpy(), self.law.rotated_means[0].numpy())
         return kl_of_law(self.law, pairs, *law_draws(self.law, self.draws, 1), SILENT)[0]
 
 
@@ -72,7 +72,7 @@ class Uniform:
 class Laplace:
     """Laplace of scale b."""
 
-    def __init__(self, b=1 / math.sqrt(2)):
+    def __init__(self, b=0.5**0.5):
         self.b, self.reach = b, 14 * b
 
     def draw(self, n, rng):

@@ -1,6 +1,6 @@
 """How accurate are the estimators of the relative entropy on laws that they know from samples only?
 
-    python benchmarks/relative_entropy_accuracy.py --out results/relative-entropy-accuracy [--laws N] [--processes vp-linear edm]
+    python benchmarks/relative_entropy_accuracy.py --out results/relative-entropy-accuracy [--processes vp-linear edm]
 
 Writes pairs.csv, one row per law, process, estimator, data set and pair, and accuracy.csv, the table: share of pairs
 marked valid, and of these the median and worst relative error and the coverage of the 90 % intervals; rank correlation
@@ -85,7 +85,7 @@ def main() -> None:
                 for seed in range(arguments.seeds):
                     parts.append(measure(name, process, estimator, seed))
                     row = summarise(parts[-1]).iloc[-1]
-                    print(" ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
+                    print(row.to_frame().T.to_string(index=False, header=len(parts) == 1), flush=True)
     pairs = pd.concat(parts, ignore_index=True)
     write_table(arguments.out / "pairs.csv", pairs)
     write_table(arguments.out / "accuracy.csv", summarise(pairs))

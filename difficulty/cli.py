@@ -54,6 +54,7 @@ def measure(
     batch: int = 128,
     learning_rate: float = 1e-3,
     engine: str = "auto",
+    start: Literal["cold", "shared", "neighbour"] = "cold",
     estimator: str = "auto",
     json: bool = False,
 ) -> None:
@@ -77,6 +78,7 @@ def measure(
         batch: samples per iteration and expert.
         learning_rate: of AdamW.
         engine: how experts are trained together: auto, vmap or loop.
+        start: experts start cold, or warm from a network trained on all t, or from their noisier neighbour.
         estimator: of the relative entropy (see `difficulty kl --help`).
         json: print ranking.json on standard output.
     """
@@ -92,6 +94,7 @@ def measure(
         batch=batch,
         learning_rate=learning_rate,
         engine=engine,
+        start=start,
     )
     bars = StageBars()
     try:
@@ -204,6 +207,88 @@ def processes(json: bool = False) -> None:
     _print_registry(PROCESSES, json)
 
 
+def kl(
+    data: DataArgument,
+    /,
+    out: Path,
+    process: str = "vp-linear",
+    estimator: str = "auto",
+    pairs: tuple[int, ...] = (),
+    tasks: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Relative entropy between consecutive marginals, KL(p_{t-1} || p_t), without any training.
+
+    Example: difficulty kl digits --process vp-linear --out runs/digits-kl
+
+    Args:
+        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        out: folder to write: run.json, relative_entropy.csv, figures/.
+        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
+        estimator: auto, exact (built-in laws only), gaussian or mixture.
+        pairs: the t of the pairs (t-1, t), in 2..T; all by default.
+        tasks: that many coarse intervals instead, uniform in t.
+        seed: of every random draw.
+        json: print the table as JSON on standard output.
+    """
+    from difficulty.entropy_folder import run_kl
+
+    bars = StageBars()
+    try:
+        table = run_kl(data, process, out, estimator, pairs or None, tasks, seed, bars)
+    finally:
+        bars.close()
+    if json:
+        print(table.to_json(orient="records"))
+        return
+    valid = table[table["valid"]]
+    print(f"{len(valid)} of {len(table)} pairs are valid.")
+    for reason, part in table[~table["valid"]].groupby("reason", sort=False):
+        print(f"  not valid at t = {part['t'].min()}..{part['t'].max()} ({len(part)} pairs): {reason}")
+    print(f"Results and figures: {out}", file=sys.stderr)
+
+
+def profile(
+    data: DataArgument,
+    /,
+    out: Path,
+    for_process: tuple[str, ...] = (),
+    experts: int = 5,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Schedule-free profile of the data over log-SNR, the relative entropies of any process from it, and advice.
+
+    Example: difficulty profile digits --for-process vp-linear edm --out runs/digits-profile
+
+    Args:
+        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        out: folder to write: run.json, profile.csv, recommendation.json, kl-NAME.csv per process, figures/.
+        for_process: processes whose relative entropies are derived from the profile.
+        experts: number of experts in the advice on boundaries.
+        seed: of every random draw.
+        json: print recommendation.json on standard output.
+    """
+    from difficulty.entropy_folder import run_profile
+
+    bars = StageBars()
+    try:
+        advice = run_profile(data, out, for_process, experts, seed, bars)
+    finally:
+        bars.close()
+    if json:
+        print(_json(advice))
+        return
+    for line in advice["sentences"]:
+        print(line)
+    print(f"Results and figures: {out}", file=sys.stderr)
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value)
+
+
 def _print_ranking(ranking: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(ranking))
@@ -230,6 +315,8 @@ def _print_registry(factories: Mapping[str, Callable[..., Any]], as_json: bool) 
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "measure": measure,
     "probe": probe,
+    "kl": kl,
+    "profile": profile,
     "rank": rank,
     "plot": plot,
     "datasets": datasets,

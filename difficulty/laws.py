@@ -123,7 +123,7 @@ class GaussianMixture(Law):
         self.means = torch.from_numpy(means)
         self.eigenvalues = torch.from_numpy(values.clip(min=0.0))
         self.basis = torch.from_numpy(basis)
-        self._rotated_means = torch.einsum("kd,kde->ke", self.means, self.basis)
+        self.rotated_means = torch.einsum("kd,kde->ke", self.means, self.basis)
 
     @property
     def second_moment(self) -> float:
@@ -150,7 +150,7 @@ class GaussianMixture(Law):
         z1, v1 = self._residual(x, *first)
         z2, v2 = self._residual(x, *second)
         shrink = (v1 - v2) / v2
-        shift = (second[0] - first[0]) * self._rotated_means[:, None]
+        shift = (second[0] - first[0]) * self.rotated_means[:, None]
         d = 0.5 * (z1.square() / v1 * shrink - shift * (z1 + z2) / v2 - torch.log1p(shrink)).sum(2)
         log_posterior = torch.log_softmax(self._log_joint(z2, v2), 0)
         near = torch.log1p((log_posterior.exp() * torch.expm1(d.clamp(max=1.0))).sum(0))
@@ -180,7 +180,7 @@ class GaussianMixture(Law):
 
     def _residual(self, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the eigenbasis of component k, (K, n, D), and the variances there, (K, 1, D)."""
-        z = torch.matmul(x, self.basis) - alpha * self._rotated_means[:, None]
+        z = torch.matmul(x, self.basis) - alpha * self.rotated_means[:, None]
         return z, (alpha**2 * self.eigenvalues + sigma**2)[:, None]
 
     def _log_joint(self, z: Tensor, v: Tensor) -> Tensor:

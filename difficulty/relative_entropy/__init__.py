@@ -1,10 +1,11 @@
 """Relative entropy between the marginals of neighbouring noise levels, KL(p_from || p_t), with its uncertainty."""
 
-__all__ = ["COLUMNS", "ESTIMATORS", "kl"]
+__all__ = ["COLUMNS", "ESTIMATORS", "kl", "one_thread"]
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,13 +73,13 @@ def kl(
     if len(inside):
         rows = wanted.take(inside)
         settings = Settings(samples, bootstrap, seed, progress or (lambda done, total: None))
-        with _one_thread():
+        with one_thread():
             table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread: the matrices are many and small, and threads that wait for each other cost more than they bring."""
     from threadpoolctl import threadpool_limits
 
@@ -109,8 +110,7 @@ def _fill(table: pd.DataFrame, rows: np.ndarray, pairs: Pairs, found: Estimate, 
         "reason": found.reason,
     }
     filled = pd.DataFrame(columns, index=rows)
-    return table.assign(**{name: filled[name].reindex(table.index) for name in filled}).assign(
-        estimator=filled["estimator"].reindex(table.index, fill_value="none"),
-        valid=filled["valid"].reindex(table.index, fill_value=False).astype(bool),
-        reason=filled["reason"].reindex(table.index, fill_value=EXCLUDED_FIRST),
-    )
+    outside: dict[str, Any] = {"estimator": "none", "valid": False, "reason": EXCLUDED_FIRST}
+    for name in columns:
+        table[name] = filled[name].reindex(table.index, fill_value=outside.get(name, np.nan))
+    return table.astype({"valid": bool})

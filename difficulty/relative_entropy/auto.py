@@ -1,4 +1,4 @@
-"""The estimators that work from samples: which families each may use. ``judge`` says how they are chosen and checked."""
+"""The estimators that work from samples: which families each may use; ``judge`` chooses and checks them."""
 
 __all__ = ["estimate_auto", "estimate_gaussian", "estimate_mixture"]
 

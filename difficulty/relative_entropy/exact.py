@@ -39,7 +39,7 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         raise InputError(f"the law of {dataset.name} is not known; use estimator 'auto' instead of 'exact'")
     m = len(pairs)
     if isinstance(law, GaussianMixture) and len(law.means) == 1:
-        values, mean = law.eigenvalues[0].numpy(), law._rotated_means[0].numpy()
+        values, mean = law.eigenvalues[0].numpy(), law.rotated_means[0].numpy()
         kl, kl_reverse = gaussian_kl(pairs, values, mean), gaussian_kl(pairs, values, mean, reverse=True)
         se = np.zeros(m)
         tau = np.minimum(pairs.tau, TAU_AT_INFINITY)

@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 BINS = 256
 # A fit to a part of the rows starts from the fit to all of them and is soon there.
-WARM_ITERATIONS = 15
+WARM_ITERATIONS, COLD_ITERATIONS = 15, 50
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
             earlier = original if like.axes is None else original @ like.axes.numpy()
             start = responsibilities(block.law, earlier[:, :leading])
         options = MixtureOptions(candidate.components, candidate.strength)
-        law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start, 50 if start is None else WARM_ITERATIONS)
+        iterations = COLD_ITERATIONS if start is None else WARM_ITERATIONS
+        law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start, iterations)
     blocks: list[tuple[slice, Block]] = [(slice(0, leading), MixtureBlock(law))]
     if leading < d:
         rest = rows[:, leading:]
@@ -115,13 +116,15 @@ def _gaussian(rows: Array, counts: Array) -> GaussianBlock:
     return GaussianBlock(values, np.average(rows, axis=0, weights=counts) @ axes, axes)
 
 
-def fit_axes(x: Array, counts: Array, components: int, floor: float, iterations: int = 200) -> tuple[Array, Array, Array]:
+def fit_axes(
+    x: Array, counts: Array, components: int, floor: float, iterations: int = 200
+) -> tuple[Array, Array, Array]:
     """One-dimensional mixtures along every column at once: weights, means, variances, each (d, K).
 
     The sorted column is cut into at most 256 bins of equal mass, each kept with its mean and variance, which leaves the
     likelihood of a component wider than a bin unchanged.
     """
-    n, d = x.shape
+    n = len(x)
     order = np.argsort(x, axis=0, kind="stable")
     ordered, mass = np.take_along_axis(x, order, 0), counts[order]
     edges = np.unique(np.linspace(0, n, min(BINS, n) + 1).astype(int))[:-1]

@@ -30,6 +30,7 @@ Array = npt.NDArray[np.float64]
 BLOCK_BYTES = 2**27
 FIT_STREAM = 29
 HERMITE_NODES = 24
+SMALL = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,10 @@ class Block(ABC):
     @abstractmethod
     def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
         """E[(F - beta q)^2], shape (m,): with beta = B/C the rate I_min, free of the cancellation in A - B^2/C."""
+
+    @abstractmethod
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        """Least possible E|x0 - x0_hat(y)|^2 at y = x0 + exp(tau) eps, shape (m,)."""
 
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
@@ -102,6 +107,10 @@ class GaussianBlock(Block):
 
     def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
         return gaussian_residual(tau, beta, self.eigenvalues, self.mean)
+
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        s2 = np.exp(2 * tau)[:, None]
+        return (self.eigenvalues * s2 / (self.eigenvalues + s2)).sum(1)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(samples, len(self.mean), dtype=torch.float64, generator=generator)
@@ -153,6 +162,11 @@ class MixtureBlock(Block):
         flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
         return (flow - torch.from_numpy(beta)[:, None] * dilation).square().mean(1).numpy()
 
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        x0, eps = self._draw(samples, seed)
+        traces = [self.law.posterior_trace(x0 + s * eps, 1.0, float(s)).mean() for s in np.exp(tau)]
+        return np.array([float(trace) for trace in traces])
+
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
         for kernel in self._kernels(x0, eps):
@@ -167,8 +181,10 @@ class MixtureBlock(Block):
         return self.law.sample(samples, generator)
 
     def _draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+        # A small mixture is cheap: more draws make up for the spread of the terms, which is wide in few dimensions.
+        size = samples * self.law.dim * len(self.law.means)
         generator = torch_generator(FIT_STREAM, seed)
-        x0 = self.draw(samples, generator)
+        x0 = self.draw(samples * int(np.clip(SMALL / size, 1, 4)), generator)
         return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
 
     def _kernels(self, x0: Tensor, eps: Tensor) -> list[MixtureKernel]:
@@ -202,6 +218,21 @@ class ProductBlock(Block):
 
     def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
         return self._second_moments(tau, lambda i, f, q: ((f - beta[i] * q) ** 2,))[:, 0]
+
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        nodes, node_weights = self._hermite()
+        w = (self.weights[..., None] * node_weights).flatten(1)
+        out = []
+        for s in np.exp(tau):
+            v = (self.variances + s**2)[..., None]
+            y = (self.means[..., None] + v.sqrt() * nodes).flatten(1)
+            z = y[:, None] - self.means[..., None]
+            posterior = torch.softmax(self.weights.log()[..., None] - 0.5 * (z**2 / v + v.log()), 1)
+            centre = self.means[..., None] + self.variances[..., None] / v * z
+            mean = (posterior * centre).sum(1, keepdim=True)
+            within = self.variances[..., None] * float(s) ** 2 / v
+            out.append(float((w * (posterior * (within + (centre - mean) ** 2)).sum(1)).sum()))
+        return np.array(out)
 
     def _second_moments(
         self, tau: Array, products: Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
@@ -300,6 +331,10 @@ class Fit:
     def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
         """E[(F - beta q)^2], the sum over blocks, shape (m,)."""
         return np.sum([block.residual(tau, beta, samples, seed) for _, block in self.blocks], axis=0)
+
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        """Least possible E|x0 - x0_hat|^2, the sum over blocks, shape (m,)."""
+        return np.sum([block.mmse(tau, samples, seed) for _, block in self.blocks], axis=0)
 
     def draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
         """x0 of the fit and noise, each (samples, d)."""

@@ -5,8 +5,8 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated between the
 1. Choice. Each candidate is fitted to three quarters of the rows and judged by the log-likelihood of the rest *at the
    noise level of the pair*: what noise hides does not count. Of the plausible ones the simplest is taken.
 2. Error of the fit. The chosen candidate is refitted to random halves of the data. With L = log KL, half the data have
-   twice the bias and twice the variance of all of them, so L_all - mean(L_half - L_all) is free of the first-order bias,
-   and the halves' differences give the standard error. (Copies of rows, as a bootstrap with replacement makes them,
+   twice the bias and twice the variance of all, so L_all - mean(L_half - L_all) is free of the first-order bias, and
+   the halves' differences give the standard error. (Copies of rows, as a bootstrap with replacement makes them,
    would look like spikes to a density; half-samples are the bootstrap without copies.)
 3. Error of the choice. Candidates that the held-out likelihood hardly tells from the best one must agree with it; their
    differences enter the error. If the richest fit on offer is the best one, it must agree with the next poorer one:
@@ -47,6 +47,8 @@ MOST_AXES = 96
 # Of candidates with at least this weight relative to the most likely one, the simplest is taken.
 PLAUSIBLE = 0.3
 RICHER_WEIGHT = 0.25
+# No estimate from a sample is taken to be better than this, on the log scale.
+LEAST_ERROR = 0.02
 # Rows farthest out that are left out for a check, and the share of a fourth moment at which the check is made.
 FAR_SHARE = 0.0025
 FAR_DOMINATE = 0.3
@@ -88,18 +90,22 @@ def leading_axes(sample: Sample) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Replicated:
-    """KL of a fit to all rows, (m,), and of fits to halves, (2 R, m), complementary halves next to each other."""
+    """KL of a fit to all rows, (m,), and of fits to halves, (2 R, m), complementary halves next to each other.
+
+    ``baseline`` is the KL of the fit to all rows from as many draws, and the same ones, as ``halves``.
+    """
 
     fit: Fit
     kl: Array
     kl_reverse: Array
     monte_carlo: Array
+    baseline: Array
     halves: Array
 
     @property
     def bias(self) -> Array:
         """Mean of log KL_half - log KL_all: the first-order bias of log KL_all."""
-        return _log(self.halves).mean(0) - _log(self.kl)
+        return _log(self.halves).mean(0) - _log(self.baseline)
 
     @property
     def corrected(self) -> Array:
@@ -153,11 +159,14 @@ class Judge:
         pairs: where.
         settings: number of draws, refits and the seed.
         pool: the candidates.
+        anchors: at most so many pairs are estimated, the others interpolated.
     """
 
-    def __init__(self, sample: Sample, pairs: Pairs, settings: Settings, pool: list[Candidate]) -> None:
+    def __init__(
+        self, sample: Sample, pairs: Pairs, settings: Settings, pool: list[Candidate], anchors: int = ANCHORS
+    ) -> None:
         self.sample, self.pairs, self.settings = sample, pairs, settings
-        self.at = _anchors(pairs)
+        self.at = _anchors(pairs, anchors)
         self.anchors = pairs.take(self.at)
         self.rows = sample.rows + sample.mean
         largest = float(sample.eigenvalues.max(initial=1e-30))
@@ -192,7 +201,7 @@ class Judge:
         i_min = self.moments()[:, 3]
         reverse = found.reverse * rest + exact.kl_reverse
         family = np.array([c.family for c in found.family], dtype=object)
-        return self._everywhere(kl, reverse, share * found.error, i_min, family, reasons)
+        return self._everywhere(kl, reverse, np.hypot(share * found.error, LEAST_ERROR), i_min, family, reasons)
 
     # -- choice ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +278,7 @@ class Judge:
         doubt = np.sqrt(doubt / total)
         capacity, far = self._capacity(names, best, replicated), self._far_rows(names, best, replicated)
         doubt = np.sqrt(doubt**2 + capacity**2 + far**2)
-        error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + (0.4 * bias) ** 2 + 0.02**2)
+        error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + (0.4 * bias) ** 2)
         test = Tested(
             pick({i: tested[i].second_moment for i in winners}),
             self._highest_bound(tested, weight),
@@ -324,14 +333,17 @@ class Judge:
         pairs = self.anchors.take(where)
         whole = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
         measured = whole.measure(self.anchors, samples, seed)
+        fewer = max(samples // 2, 100)
+        baseline = measured.kl.copy()
+        baseline[where] = whole.forward(pairs, fewer, seed)
         halves = []
         for split in range(splits):
             for rows, counts in self._counts(split):
                 fit = fit_candidate(rows, counts, candidate, self.plan, whole)
-                values = measured.kl.copy()
-                values[where] = fit.forward(pairs, max(samples // 2, 100), seed)
+                values = baseline.copy()
+                values[where] = fit.forward(pairs, fewer, seed)
                 halves.append(values)
-        return Replicated(whole, measured.kl, measured.kl_reverse, measured.error, np.array(halves))
+        return Replicated(whole, measured.kl, measured.kl_reverse, measured.error, baseline, np.array(halves))
 
     def _counts(self, split: int) -> list[tuple[Array, Array]]:
         """Rows and counts of two complementary halves of the data."""
@@ -414,7 +426,10 @@ class Judge:
         noise = self.anchors.sigma_from / np.maximum(self.anchors.alpha_from, 1e-12)
         unclear = test.cross[:, 1] > 0.5
         objections = [
-            (noise < LIMITS.floor * self.sample.step, "the values are quantised in steps that this noise does not hide"),
+            (
+                noise < LIMITS.floor * self.sample.step,
+                "the values are quantised in steps that this noise does not hide",
+            ),
             (
                 np.full(len(noise), self.sample.discrete and self.sample.missing > LIMITS.missing),
                 "too many atoms of the law were seen only once",
@@ -441,16 +456,23 @@ class Judge:
             reason[np.asarray(fails, bool)] = text
         return reason
 
-    def moments(self) -> Array:
-        """A, B, C and A - B^2/C (F5) of the chosen fits at the anchors, shape (m, 4); after ``estimate``."""
-        out = np.zeros((len(self.at), 4))
+    def moments(self, split: int | None = None, half: int = 0) -> Array:
+        """A, B, C, A - B^2/C (F5) and mmse of the chosen fits at the anchors, shape (m, 5); after ``estimate``.
+
+        Args:
+            split, half: of the refit to half of the data; by default the fit to all of them.
+        """
+        out = np.zeros((len(self.at), 5))
         samples, seed = min(self.settings.samples, 2000), self.settings.seed
-        for i in set(self.best.tolist()):
-            rows = np.flatnonzero(self.best == i)
-            tau, fit = self.tau[rows], self.replicated[i].fit
-            out[rows, :3] = fit.profile(tau, samples, seed) + self.null.profile(tau, 0, 0)
-            beta = out[rows, 1] / out[rows, 2]
-            out[rows, 3] = fit.residual(tau, beta, samples, seed) + self.null.residual(tau, beta, 0, 0)
+        for i in sorted(set(self.best.tolist())):
+            where = np.flatnonzero(self.best == i)
+            tau, fit = self.tau[where], self.replicated[i].fit
+            if split is not None:
+                fit = fit_candidate(*self._counts(split)[half], self.names[i], self.plan, fit)
+            out[where, :3] = fit.profile(tau, samples, seed) + self.null.profile(tau, 0, 0)
+            beta = out[where, 1] / out[where, 2]
+            out[where, 3] = fit.residual(tau, beta, samples, seed) + self.null.residual(tau, beta, 0, 0)
+            out[where, 4] = fit.mmse(tau, samples, seed)
         return out
 
     def _point_mass(self) -> Estimate:
@@ -482,7 +504,7 @@ class Judge:
             family = family[np.where(to - x[left] <= x[right] - to, left, right)]
             reason = np.where(reason[left] != "", reason[left], reason[right])
         # Few refits know their own spread only roughly: Student's quantile, not the normal one.
-        width = np.exp(stats.t.ppf(0.95, 2 * len(self.halves)) * np.minimum(error, 50.0))
+        width = np.exp(stats.t.ppf(0.95, len(self.halves)) * np.minimum(error, 50.0))
         valid = np.asarray(reason == "", dtype=bool)
         return Estimate(kl, reverse, kl * error, kl / width, kl * width, i_min, family, valid, reason)
 
@@ -493,20 +515,20 @@ def _simplest_cover(plausible: npt.NDArray[np.bool_], size: npt.NDArray[np.int64
     open_ = np.ones(plausible.shape[1], dtype=bool)
     while open_.any():
         gain = (plausible & open_).sum(1)
-        chosen.append(min(np.flatnonzero(gain == gain.max()), key=lambda i: size[i]))
+        chosen.append(min(np.flatnonzero(gain == gain.max()).tolist(), key=lambda i: int(size[i])))
         open_ &= ~plausible[chosen[-1]]
     chosen.sort(key=lambda i: size[i])
     return np.array([next(i for i in chosen if plausible[i, j]) for j in range(plausible.shape[1])])
 
 
-def _anchors(pairs: Pairs) -> Rows:
+def _anchors(pairs: Pairs, most: int) -> Rows:
     """Positions of the pairs that are estimated: all of a few, otherwise spread evenly in log-SNR with both ends."""
     m = len(pairs)
-    if m <= ANCHORS:
+    if m <= most:
         return np.arange(m)
     tau = pairs.tau
     last = np.flatnonzero(np.isfinite(tau))[-1]
-    even = np.searchsorted(tau, np.linspace(tau[0], tau[last], ANCHORS)).clip(0, m - 1)
+    even = np.searchsorted(tau, np.linspace(tau[0], tau[last], most)).clip(0, m - 1)
     return np.unique(np.concatenate([even, [0, 1, last, m - 1]]))
 
 

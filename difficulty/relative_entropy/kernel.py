@@ -1,7 +1,7 @@
 """Log-ratios and time scores of a Gaussian mixture at many noise levels at once.
 
 For x = alpha x0 + sigma eps the residual in the eigenbasis of component k, z = alpha zx + sigma ze, is linear in two
-vectors that do not depend on the noise level, and all that a log-density needs is sum_d z_d^2 w_d and sum_d m_d z_d w_d.
+vectors that do not depend on the noise level, and a log-density needs no more than sum z_d^2 w_d and sum m_d z_d w_d.
 So five feature arrays, made once, and one matrix product serve every pair of noise levels:
 
     sum z^2 w = alpha^2 (zx^2).w + alpha sigma (2 zx ze).w + sigma^2 (ze^2).w.
@@ -37,7 +37,7 @@ class MixtureKernel:
     def __init__(self, law: GaussianMixture, x0: Tensor, eps: Tensor) -> None:
         self.dim = law.dim
         self.log_weights = law.log_weights
-        means = law._rotated_means[:, None]
+        means = law.rotated_means[:, None]
         isotropic = bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
         if isotropic:
             # One variance per component: the features are sums over dimensions, and thousands of components are cheap.
@@ -55,7 +55,7 @@ class MixtureKernel:
             ze = torch.matmul(eps, law.basis)
             self.features = torch.cat([zx.square(), 2 * zx * ze, ze.square(), means * zx, means * ze], 2)
             self.eigenvalues = law.eigenvalues
-            self.means_squared = law._rotated_means.square()
+            self.means_squared = law.rotated_means.square()
             self.multiplicity = 1.0
 
     @staticmethod

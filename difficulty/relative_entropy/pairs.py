@@ -3,7 +3,8 @@
 A pair is (t_from, t) with t_from < t: consecutive timesteps (t-1, t), or the two ends of a coarse interval. For any law
 with second moment E|x0|^2 the data-processing inequality bounds the relative entropy by that of the joint with x0 (F7),
 
-    KL(p_from || p_t) <= D/2 (r - 1 - log r) + (alpha_from - alpha_t)^2 E|x0|^2 / (2 sigma_t^2),   r = (sigma_from/sigma_t)^2.
+    KL(p_from || p_t) <= D/2 (r - 1 - log r) + (alpha_from - alpha_t)^2 E|x0|^2 / (2 sigma_t^2),
+    r = (sigma_from/sigma_t)^2.
 
 A ratio KL/UB near 1 says that the schedule alone, not the data, makes the number. The pair (0, 1) is left out: on data
 that lie on a point, a curve or a plane its relative entropy is infinite.

@@ -89,7 +89,10 @@ def make_sample(dataset: Dataset) -> Sample:
         counts = np.ones_like(counts)
     missing = float((counts == 1).sum() / counts.sum())
     discrete = bool(missing < DISCRETE_SHARE)
-    rows, counts = rows.astype(np.float64), counts.astype(np.float64)
+    return _arranged(rows.astype(np.float64), counts.astype(np.float64), discrete, missing, 0.0 if discrete else step)
+
+
+def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, step: float) -> Sample:
     mean = np.average(rows, axis=0, weights=counts)
     rows = rows - mean
     order = np.argsort((rows**2).sum(1), kind="stable")
@@ -97,9 +100,7 @@ def make_sample(dataset: Dataset) -> Sample:
     rows, counts = rows[order], counts[order]
     values, axes = _principal_axes(rows, counts)
     null_mean = float(np.sqrt(max((mean**2).sum() - ((mean @ axes) ** 2).sum(), 0.0)))
-    return Sample(
-        rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, 0.0 if discrete else step
-    )
+    return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, step)
 
 
 def _step(rows: npt.NDArray[np.float32]) -> float:

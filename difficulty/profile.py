@@ -1,0 +1,210 @@
+"""One profile for all schedules: the relative entropy of any process from functions of the noise scale alone (F5).
+
+With F = d log p/d tau and q the dilation score at y = x0 + s eps, tau = log s, and A = E[F^2], B = E[F q], C = E[q^2],
+a small step (dtau, dlog alpha) of any process has
+
+    KL = 1/2 (dtau^2 A - 2 dtau dlog alpha B + dlog alpha^2 C)
+       = 1/2 (dtau^2 I_min + C (dlog alpha - dtau B/C)^2),     I_min = A - B^2/C,
+
+the second form being the one without cancellation at high noise, where B/C tends to -1. I_min is the least rate that
+any choice of alpha can have, the only part that belongs to the data and not to the schedule. The mmse, that is the
+least E|x0 - x0_hat|^2, is kept on the same grid: 1/2 mmse/s^2 is the entropy rate per unit of log-SNR.
+"""
+
+__all__ = ["PROFILE_COLUMNS", "Profile", "measure_profile"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.interpolate import PchipInterpolator
+
+from difficulty.datasets import Dataset, load_dataset
+from difficulty.errors import InputError
+from difficulty.laws import GaussianMixture
+from difficulty.process import Process, from_arrays, get_process
+from difficulty.records import check_columns, read_table
+from difficulty.relative_entropy import one_thread
+from difficulty.relative_entropy.auto import candidates
+from difficulty.relative_entropy.estimate import Z90, Settings
+from difficulty.relative_entropy.exact import law_draws, time_scores
+from difficulty.relative_entropy.fits import GaussianBlock
+from difficulty.relative_entropy.judge import Judge
+from difficulty.relative_entropy.pairs import make_pairs
+from difficulty.relative_entropy.sample import make_sample
+
+Array = npt.NDArray[np.float64]
+
+NAMES = ("A", "B", "C", "i_min", "mmse", "one_plus_b_over_c")
+PROFILE_COLUMNS = ("log_snr", *(part for name in NAMES for part in (name, f"{name}_se")), "valid", "reason")
+# A step of log s beyond which the quadratic formula is off by more than about 10 %.
+LARGEST_STEP = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """A profile on a grid.
+
+    Args:
+        table: with ``PROFILE_COLUMNS``, log-SNR falling; standard errors in the units of their quantity.
+    """
+
+    table: pd.DataFrame
+
+    @classmethod
+    def load(cls, path: Path) -> "Profile":
+        """Read ``profile.csv``, or the folder that holds it.
+
+        Raises:
+            InputError: if it is missing or malformed.
+        """
+        path = path / "profile.csv" if path.is_dir() else path
+        table = read_table(path, PROFILE_COLUMNS)
+        return cls(table.assign(reason=table["reason"].fillna(""), valid=table["valid"].astype(bool)))
+
+    @property
+    def tau(self) -> Array:
+        """log s of the grid, rising."""
+        return -0.5 * self.table["log_snr"].to_numpy()
+
+    def kl(self, process: Process | str) -> pd.DataFrame:
+        """KL(p_{t-1} || p_t) of all pairs t = 2..T of a process: t, log_snr, kl, se, ci_low, ci_high, valid, reason.
+
+        Pairs outside the grid, or of too large a step, are not valid and say so.
+        """
+        check_columns(self.table, PROFILE_COLUMNS, "the profile")
+        pairs = make_pairs(get_process(process))
+        tau, dtau, dlog = pairs.tau, pairs.dtau, pairs.dlog_alpha
+        inside = (tau >= self.tau[0]) & (tau <= self.tau[-1]) & np.isfinite(dtau)
+        at = np.clip(tau, self.tau[0], self.tau[-1])
+        rate, dilation, lag = (self._at(name, at) for name in ("i_min", "C", "one_plus_b_over_c"))
+        with np.errstate(invalid="ignore"):
+            # dlog alpha - dtau B/C = dlog sigma - dtau (1 + B/C): the large parts cancel before rounding.
+            offset = dlog + dtau - dtau * lag
+            parts = 0.5 * np.stack([dtau**2 * rate, dilation * offset**2])
+            kl = parts.sum(0)
+            relative = [self._at(f"{name}_se", at, linear=True) for name in ("i_min", "C")]
+            errors = np.stack(
+                [
+                    parts[0] * relative[0] / rate,
+                    parts[1] * relative[1] / dilation,
+                    dilation * offset * dtau * self._at("one_plus_b_over_c_se", at, linear=True),
+                ]
+            )
+            # Two ways to carry the errors over, each an upper estimate: by the second form above, tight where noise
+            # is high and A, B, C nearly cancel, and by the first one, tight where B is small.
+            steps = 0.5 * np.stack([dtau**2, 2 * np.abs(dtau * dlog), dlog**2])
+            spreads = np.stack([self._at(f"{name}_se", at, linear=True) for name in "ABC"])
+            direct = (steps * spreads).sum(0)
+        # 0/0 where a rate is exactly zero: no error.
+        se = np.minimum(np.sqrt((np.nan_to_num(errors) ** 2).sum(0)), direct)
+        known = np.interp(at, self.tau, self.table["valid"].to_numpy(dtype=float)) > 0.999
+        reasons = [
+            (~inside, "outside the log-SNR range of the profile"),
+            (dtau > LARGEST_STEP, "the step is too large for the quadratic formula; use `difficulty kl`"),
+            (~known, "the profile is not valid at this noise level"),
+            (~(se <= 0.2 * kl), "the errors of the profile add up to too much"),
+        ]
+        reason = np.full(len(pairs), "", dtype=object)
+        for fails, text in reasons[::-1]:
+            reason[fails] = text
+        kl = np.where(inside, kl, np.nan)
+        width = np.exp(Z90 * np.minimum(np.divide(se, kl, out=np.zeros_like(kl), where=kl > 0), 100.0))
+        columns = {"t": pairs.t, "log_snr": pairs.log_snr, "kl": kl, "se": se, "ci_low": kl / width}
+        return pd.DataFrame(columns | {"ci_high": kl * width, "valid": reason == "", "reason": reason})
+
+    def _at(self, name: str, tau: Array, *, linear: bool = False) -> Array:
+        values = self.table[name].to_numpy(dtype=np.float64)
+        if linear or (values <= 0).any():
+            return np.interp(tau, self.tau, values)
+        return np.exp(PchipInterpolator(self.tau, np.log(values))(tau))
+
+
+def measure_profile(
+    data: Dataset | str | Path,
+    *,
+    points: int = 60,
+    log_snr: tuple[float, float] = (12.5, -10.5),
+    samples: int = 4000,
+    bootstrap: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Measure the profile of a data set; no process is involved.
+
+    Args:
+        data: a data set, its name or its path.
+        points: of the grid, evenly in log-SNR.
+        log_snr: from the cleanest to the noisiest level; the default covers the built-in processes.
+        samples, bootstrap, seed, progress: as in ``kl``.
+
+    Raises:
+        InputError: if the range or the number of points cannot be used.
+    """
+    clean, noisy = log_snr
+    if not (np.isfinite(clean) and np.isfinite(noisy) and clean > noisy) or points < 5:
+        raise InputError(f"a profile needs a falling log-SNR range and at least 5 points, got {log_snr} and {points}")
+    dataset = load_dataset(data)
+    tau = -0.5 * np.linspace(clean, noisy, points)
+    settings = Settings(samples, bootstrap, seed, progress or (lambda done, total: None))
+    with one_thread():
+        values, errors, reason = (_of_law if dataset.law else _of_sample)(dataset, tau, settings)
+    table = pd.DataFrame({"log_snr": -2 * tau})
+    for column, name in enumerate(NAMES):
+        table[name], table[f"{name}_se"] = values[:, column], errors[:, column]
+    return Profile(table.assign(valid=reason == "", reason=reason)[list(PROFILE_COLUMNS)])
+
+
+def _of_law(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array, Array, npt.NDArray[np.object_]]:
+    law = dataset.law
+    assert law is not None
+    if isinstance(law, GaussianMixture) and len(law.means) == 1:
+        block = GaussianBlock(law.eigenvalues[0].numpy(), law.rotated_means[0].numpy())
+        moments = block.profile(tau, 0, 0)
+        beta = moments[:, 1] / moments[:, 2]
+        extra = np.stack([block.residual(tau, beta, 0, 0), block.mmse(tau, 0, 0), 1 + beta], 1)
+        values = np.concatenate([moments, extra], 1)
+        return values, np.zeros_like(values), np.full(len(tau), "", dtype=object)
+    x0, eps = law_draws(law, settings.samples, settings.seed)
+    flow, dilation = time_scores(law, tau, x0, eps)
+    trace = np.stack([law.posterior_trace(x0 + s * eps, 1.0, float(s)).numpy() for s in np.exp(tau)])
+    f, q = flow.numpy(), dilation.numpy()
+    beta = (f * q).mean(1, keepdims=True) / (q * q).mean(1, keepdims=True)
+    lag = (f + q) * q / (q * q).mean(1, keepdims=True)
+    parts = [f * f, f * q, q * q, (f - beta * q) ** 2, trace, lag]
+    values = np.stack([part.mean(1) for part in parts], 1)
+    errors = np.stack([part.std(1) for part in parts], 1) / len(x0) ** 0.5
+    return values, errors, np.full(len(tau), "", dtype=object)
+
+
+def _of_sample(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array, Array, npt.NDArray[np.object_]]:
+    sample = make_sample(dataset)
+    half = 0.5 * (tau[1] - tau[0])
+    edges = np.append(tau - half, tau[-1] + half)
+    # Pairs of alpha = 1 whose middles are the grid: the estimate of A is that of their relative entropy.
+    steps = make_pairs(from_arrays(np.ones(len(edges)), np.exp(edges), "profile grid"))
+    judge = Judge(sample, steps, settings, candidates(sample), anchors=len(tau))
+    reason = judge.estimate().reason
+    if sample.rank == 0:
+        moments = judge.null.profile(tau, 0, 0)
+        rest = np.zeros((len(tau), 2))
+        whole = np.concatenate([moments, rest + 1e-300 * np.eye(1, 2)], 1)
+        values = np.concatenate([whole, (1 + whole[:, 1] / whole[:, 2])[:, None]], 1)
+        return values, np.zeros_like(values), reason
+    whole = _with_lag(judge.moments())
+    splits = range(len(judge.halves))
+    halves = np.stack([np.stack([_with_lag(judge.moments(split, side)) for side in (0, 1)]) for split in splits])
+    spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
+    bias = halves.mean((0, 1)) - whole
+    # Half the data have twice the bias: what they show beyond the whole is what the whole shows beyond the truth.
+    small = np.abs(bias) < 0.3 * np.abs(whole)
+    values = np.where(small, whole - bias, whole)
+    return values, np.sqrt(spread**2 + (0.4 * bias) ** 2 + (0.02 * whole) ** 2), reason
+
+
+def _with_lag(moments: Array) -> Array:
+    """Append 1 + B/C."""
+    return np.concatenate([moments, (1 + moments[:, 1] / moments[:, 2])[:, None]], 1)

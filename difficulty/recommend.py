@@ -1,0 +1,111 @@
+"""What a profile says to a trainer: boundaries of experts with equal burden, and densities of noise levels.
+
+The burden of a stretch of noise levels is the integral over log s of a rate. The rate of a profile is that of the
+Fisher-Rao length of its schedule-free part, sqrt(I_min): it adds up, and depends on neither the schedule nor the step.
+A rate of another kind, such as the excess nats of a ranking, is used in the same way.
+
+A density proportional to the burden is fitted by the families that trainers take:
+    EDM and k-diffusion    log s ~ N(P_mean, P_std)                  (Karras et al. 2022, table 1)
+    flow matching (SD3)    logit u ~ N(mean, std), u = s/(1 + s)     (Esser et al. 2024, arXiv 2403.03206)
+Both are Gaussian in log s, since logit u = log s; the total-variation distance to the burden says how good that is.
+"""
+
+__all__ = ["Boundaries", "Density", "burden_of_profile", "equal_burden", "fit_density", "flags"]
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import norm
+
+from difficulty.errors import InputError
+from difficulty.process import Process
+from difficulty.profile import Profile
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Density:
+    """A normal density of log s.
+
+    Args:
+        mean, std: of log s, which is also logit u of flow matching.
+        distance: total-variation distance to the burden, 0 perfect, 1 disjoint.
+    """
+
+    mean: float
+    std: float
+    distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Boundaries:
+    """Edges of K experts.
+
+    Args:
+        table: K+1 rows from clean to noisy with the columns t, u, sigma (s = sigma/alpha), log_snr.
+    """
+
+    table: pd.DataFrame
+
+
+def burden_of_profile(profile: Profile) -> tuple[Array, Array]:
+    """tau = log s of the valid part of the profile, rising, and the rate sqrt(I_min) there."""
+    valid = profile.table["valid"].to_numpy(dtype=bool)
+    if valid.sum() < 3:
+        raise InputError("fewer than 3 points of the profile are valid; give more samples before asking for advice")
+    return profile.tau[valid], np.sqrt(profile.table["i_min"].to_numpy()[valid])
+
+
+def equal_burden(tau: Array, rate: Array, process: Process, experts: int) -> Boundaries:
+    """Edges between which the integral of the rate over log s is the same.
+
+    Args:
+        tau, rate: from ``burden_of_profile``; tau rising.
+        process: in whose range of log-SNR the experts work.
+        experts: K >= 1.
+
+    Raises:
+        InputError: if K is below 1 or the process and the rate do not overlap.
+    """
+    if experts < 1:
+        raise InputError(f"the number of experts must be at least 1, got {experts}")
+    last = process.T if np.isfinite(process.tau(process.T)) else process.T - 1
+    low, high = max(tau[0], float(process.tau(1))), min(tau[-1], float(process.tau(last)))
+    if low >= high:
+        raise InputError(f"process {process.name!r} and the profile have no common range of log-SNR")
+    fine = np.linspace(low, high, 2001)
+    total = _cumulative(fine, np.interp(fine, tau, rate))
+    edges = np.interp(np.linspace(0, total[-1], experts + 1), total, fine)
+    edges[[0, -1]] = low, high
+    t = process.t_at(-2 * edges)
+    return Boundaries(pd.DataFrame({"t": t, "u": t / process.T, "sigma": np.exp(edges), "log_snr": -2 * edges}))
+
+
+def fit_density(tau: Array, rate: Array) -> Density:
+    """The normal density of log s with the moments of the burden."""
+    fine = np.linspace(tau[0], tau[-1], 4001)
+    weight = np.interp(fine, tau, rate)
+    weight = weight / _cumulative(fine, weight)[-1]
+    mean = float(np.trapezoid(fine * weight, fine))
+    std = float(np.sqrt(np.trapezoid((fine - mean) ** 2 * weight, fine)))
+    outside = norm.cdf(tau[0], mean, std) + norm.sf(tau[-1], mean, std)
+    distance = 0.5 * (np.trapezoid(np.abs(weight - norm.pdf(fine, mean, std)), fine) + outside)
+    return Density(mean, std, float(distance))
+
+
+def flags(density: Density) -> dict[str, str]:
+    """Arguments of common trainers for a density."""
+    mean, std = f"{density.mean:.3f}", f"{density.std:.3f}"
+    return {
+        "EDM (loss_kwargs)": f"P_mean={mean} P_std={std}",
+        "k-diffusion (sigma_sample_density)": f'{{"type": "lognormal", "mean": {mean}, "std": {std}}}',
+        "diffusers flow matching": f"--weighting_scheme=logit_normal --logit_mean={mean} --logit_std={std}",
+    }
+
+
+def _cumulative(x: Array, y: Array) -> Array:
+    steps = np.diff(x) * 0.5 * (y[1:] + y[:-1])
+    return np.concatenate([[0.0], np.cumsum(steps)])
