@@ -29,7 +29,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from difficulty.plots import difficulty_figure, learning_figure, rank_figure, relative_entropy_figure
+from difficulty.plots import (
+    agreement_figure,
+    difficulty_figure,
+    learning_figure,
+    rank_figure,
+    relative_entropy_figure,
+)
 from difficulty.ranking import Ranking
 from difficulty.records import read_run
 
@@ -78,6 +84,12 @@ difficulty_figure(RESULTS)
 
 # %%
 rank_figure(RESULTS)
+
+# %% [markdown]
+# ## Do the definitions agree?
+
+# %%
+agreement_figure(RESULTS)
 
 # %% [markdown]
 # ## Relative entropy between neighbouring noise levels

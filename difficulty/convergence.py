@@ -44,10 +44,11 @@ INTERVAL_LEVEL = 0.90
 # Weight of the tasks' median variance against a task's own, in degrees of freedom.
 PRIOR_DEGREES = 4.0
 PAPER_FALL = 0.9
-# An expert that removed less than this share of its initial loss above the floor is stuck.
+# An expert that removed less than this share of the zero network's excess over the floor is stuck.
 STUCK_SHARE = 0.02
 LOSS_COLUMNS = [
-    "task", "seed", "iteration", "samples", "heldout_loss", "floor", "floor_kind", "excess_nats", "excess_se",
+    "task", "seed", "iteration", "samples", "heldout_loss", "floor", "floor_kind", "zero_loss", "excess_nats",
+    "excess_se",
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
 
     Returns:
         Columns ``LOSS_COLUMNS``; losses are summed over dimensions, excess_nats is (loss - floor)/2 with the standard
-        error over draws, floor_kind is exact or upper_bound.
+        error over draws, floor_kind is exact or upper_bound, zero_loss is that of the network that outputs zero.
     """
     floor = curves.floor.mean(1)
     if curves.excess is not None:
@@ -82,6 +83,7 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
             "heldout_loss": curves.losses.mean(-1, dtype=np.float64).ravel(),
             "floor": floor[k],
             "floor_kind": "exact" if curves.floor_is_exact else "upper_bound",
+            "zero_loss": curves.zero.mean(1, dtype=np.float64)[k],
             "excess_nats": excess_draws.mean(-1).ravel(),
             "excess_se": (excess_draws.std(-1, ddof=1) / np.sqrt(M)).ravel(),
         },
@@ -101,12 +103,13 @@ def _best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class LearningCurves:
-    """losses.csv as arrays, (S, K, C) for S seeds, K tasks, C checkpoints up to the budget."""
+    """losses.csv as arrays, (S, K, C) for S seeds, K tasks, C checkpoints up to the budget; zero_excess is (K,)."""
 
     iterations: Array
     loss: Array
     excess: Array
     excess_se: Array
+    zero_excess: Array
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, budget: int) -> "LearningCurves":
@@ -114,9 +117,14 @@ class LearningCurves:
         check_columns(table, LOSS_COLUMNS, "losses.csv")
         table = table[table["iteration"] <= budget].sort_values(["seed", "task", "iteration"])
         shape = tuple(table[name].nunique() for name in ("seed", "task", "iteration"))
-        names = ("heldout_loss", "excess_nats", "excess_se")
-        columns = (table[name].to_numpy(dtype=np.float64).reshape(shape) for name in names)
-        return cls(np.unique(table["iteration"]).astype(np.float64), *columns)
+
+        def column(name: str) -> Array:
+            return table[name].to_numpy(dtype=np.float64).reshape(shape)
+
+        first = table.groupby("task")[["zero_loss", "floor"]].first()
+        zero_excess = 0.5 * (first["zero_loss"] - first["floor"]).to_numpy(dtype=np.float64)
+        iterations = np.unique(table["iteration"]).astype(np.float64)
+        return cls(iterations, column("heldout_loss"), column("excess_nats"), column("excess_se"), zero_excess)
 
     @property
     def diverged(self) -> npt.NDArray[np.bool_]:
@@ -125,12 +133,9 @@ class LearningCurves:
 
     @property
     def stuck(self) -> npt.NDArray[np.bool_]:
-        """Tasks (K,) of which a seed is no better than the network that outputs zero.
-
-        Networks start by predicting zero, so the loss of the zero network is the first one on the curve.
-        """
+        """Tasks (K,) of which a seed is no better than the network that outputs zero."""
         with np.errstate(invalid="ignore"):
-            return np.asarray(~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.excess[..., 0]).all(0))
+            return np.asarray(~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.zero_excess).all(0))
 
 
 @dataclass(frozen=True, eq=False)

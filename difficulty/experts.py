@@ -9,12 +9,12 @@ taken on one fixed set of draws (x0, eps, t) per task, the same for every seed, 
 Beside it stands, per draw, the loss of the best known denoiser, the *floor*: for an exact law the posterior mean, for
 other data a Gaussian (Wiener) denoiser and, after training, the best expert on the same draws (`convergence.py`).
 
-Two engines give the same numbers to float tolerance: ``vmap`` stacks the parameters of all experts and runs them as one
-batched program; ``loop`` runs one after the other, which is faster for convolutions and attention on a CPU.
+Experts start cold, from the same random weights per seed; or warm, with weights trained on all t (``shared``) or on the
+next noisier task (``neighbour``, noisiest first). How they are run together is the business of `engines.py`.
 """
 
 __all__ = [
-    "ENGINES",
+    "STARTS",
     "ExpertCurves",
     "ExpertPlan",
     "HeldOutDraws",
@@ -30,9 +30,8 @@ __all__ = [
 import hashlib
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +39,11 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
+from difficulty.engines import ENGINES, Bank, choose_engine
 from difficulty.errors import InputError, choose
 from difficulty.laws import GaussianMixture, Law
 from difficulty.networks import build_network
@@ -57,7 +56,8 @@ from difficulty.tasks import Task
 Progress = Callable[[int, int], None]  # called with (iterations done, iterations in all)
 
 # First counters of the random streams: held-out draws must not depend on the training seed.
-TRAIN_STREAM, HELDOUT_STREAM = 1, 2
+TRAIN_STREAM, HELDOUT_STREAM, WARM_STREAM = 1, 2, 3
+STARTS = ("cold", "shared", "neighbour")
 LEAST_BUDGET = 20
 CHECKPOINTS = 24
 # Evaluated at a time, to bound memory: 2^22 float32 numbers of input are 16 MiB.
@@ -76,7 +76,8 @@ class ExpertPlan:
         batch: samples per expert and iteration.
         learning_rate: of AdamW, constant, no weight decay.
         heldout_draws: fixed draws (x0, eps, t) per task.
-        engine: a name in ``ENGINES``, or auto.
+        engine: a name in ``difficulty.engines.ENGINES``, or auto.
+        start: a name in ``STARTS``. A network on all t is trained for the budget first and not counted.
     """
 
     network: str = "mlp"
@@ -87,6 +88,7 @@ class ExpertPlan:
     learning_rate: float = 1e-3
     heldout_draws: int = 1024
     engine: str = "auto"
+    start: str = "cold"
 
     def __post_init__(self) -> None:
         if self.budget < LEAST_BUDGET:
@@ -98,6 +100,7 @@ class ExpertPlan:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.engine != "auto":
             choose("engine", self.engine, ENGINES)
+        choose("start", self.start, dict.fromkeys(STARTS))
 
     @property
     def iterations(self) -> list[int]:
@@ -114,6 +117,7 @@ class ExpertCurves:
         losses: |eps - eps_hat|^2 per draw, float32 (S, K, C, M) for S seeds, K tasks, M draws.
         excess: |eps_hat - E[eps | x_t]|^2 per draw, of the same shape; None without an exact law.
         floor: the same losses of the best denoiser known beforehand, (K, M).
+        zero: the same losses of the network that outputs zero, (K, M).
         floor_is_exact: whether that is the posterior mean of an exact law.
     """
 
@@ -121,6 +125,7 @@ class ExpertCurves:
     losses: npt.NDArray[np.float32]
     excess: npt.NDArray[np.float32] | None
     floor: npt.NDArray[np.float64]
+    zero: npt.NDArray[np.float32]
     floor_is_exact: bool
 
 
@@ -128,69 +133,6 @@ def log_spaced_iterations(last: int, count: int = CHECKPOINTS) -> list[int]:
     """At most ``count`` different whole numbers from about last/100 to last, evenly spaced on the log scale."""
     first = max(1, last // 100)
     return sorted({round(value) for value in np.geomspace(first, last, count)})
-
-
-class Bank(ABC):
-    """E denoisers of one architecture with parameters of their own, trained by one optimizer."""
-
-    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
-        self.template = denoisers[0]
-        self.parameters = self._own(denoisers)
-
-    @abstractmethod
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        """The leaf tensors to optimise, by name."""
-
-    @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Outputs (E, B, *) at x_t (E, B, *) and integer t (E, B)."""
-
-    @abstractmethod
-    def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
-        """Add the gradient of every expert's mean squared error to its parameters."""
-
-
-class StackedBank(Bank):
-    """Parameters stacked along a leading expert axis; one vectorised program runs all experts."""
-
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        stacked, _ = stack_module_state(list(denoisers))
-        return {name: value.detach().requires_grad_() for name, value in stacked.items()}
-
-    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        def one(parameters: dict[str, Tensor], x: Tensor, when: Tensor) -> Tensor:
-            return functional_call(self.template, parameters, (x, when))
-
-        return vmap(one)(self.parameters, x_t, t)
-
-    def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
-        # Mean within an expert, sum over experts: each expert's gradient is that of training it alone.
-        (self.predict(x_t, t) - target).square().flatten(1).mean(1).sum().backward()
-
-
-class LoopBank(Bank):
-    """One module per expert, run one after the other."""
-
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        self.denoisers = nn.ModuleList(denoisers)
-        return dict(self.denoisers.named_parameters())
-
-    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return torch.stack([one(x, when) for one, x, when in zip(self.denoisers, x_t, t, strict=True)])
-
-    def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
-        for one, x, when, goal in zip(self.denoisers, x_t, t, target, strict=True):
-            (one(x, when) - goal).square().mean().backward()
-
-
-ENGINES: Mapping[str, type[Bank]] = {"vmap": StackedBank, "loop": LoopBank}
-
-
-def choose_engine(plan: ExpertPlan) -> str:
-    """The faster engine: vmap for the MLP and on a GPU, loop for convolutions and attention on a CPU."""
-    if plan.engine != "auto":
-        return plan.engine
-    return "vmap" if plan.network.partition(":")[0] == "mlp" or torch.cuda.is_available() else "loop"
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,50 +178,136 @@ def train_experts(
         tasks: of that process.
         plan: see ``ExpertPlan``.
         resume_from: file that keeps the state of an unfinished run; written while training, read if it exists.
-        progress: called after every iteration.
+        progress: called after every iteration with (done, in all).
 
     Raises:
         InputError: if the plan does not fit the data, or ``resume_from`` belongs to another run.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    E, K, S = len(tasks) * len(plan.seeds), len(tasks), len(plan.seeds)
-    denoisers = [build_expert(dataset, process, plan, seed).to(device) for seed in plan.seeds for _ in tasks]
-    bank = ENGINES[choose_engine(plan)](denoisers)
-    optimizer = torch.optim.AdamW(
-        bank.parameters.values(), lr=plan.learning_rate, weight_decay=0.0, fused=True
-    )
-    draws = heldout_draws(dataset, tasks, plan.heldout_draws)
-    floor, posterior = floor_losses(dataset, process, draws)
-    run = _Checkpoint(resume_from, bank, optimizer, (dataset, process, tasks, plan))
-    losses, excess = run.load()
+    state = _State(dataset, process, plan, resume_from)
+    if plan.start == "neighbour":
+        return _train_in_turn(state, tasks, progress)
+    weights: list[dict[str, Tensor]] | None = None
+    if plan.start == "shared":
+        weights = _shared_weights(state)
+    return _train(state, tasks, weights, resume_from, progress)[0]
 
-    train = dataset.train.to(device)
-    first = torch.tensor([task.first for task in tasks], device=device)
-    length = torch.tensor([task.length for task in tasks], device=device)
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What every stage of a training needs."""
+
+    dataset: Dataset
+    process: Process
+    plan: ExpertPlan
+    resume_from: Path | None
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def bank(self, tasks: int, weights: Sequence[dict[str, Tensor]] | None) -> Bank:
+        """One denoiser per seed and task, all of a seed with the same weights."""
+        denoisers = []
+        for index, seed in enumerate(self.plan.seeds):
+            for _ in range(tasks):
+                denoiser = build_expert(self.dataset, self.process, self.plan, seed)
+                if weights is not None:
+                    denoiser.load_state_dict(weights[index], strict=False)  # buffers of the process are not weights
+                denoisers.append(denoiser.to(self.device))
+        return ENGINES[choose_engine(self.plan.engine, self.plan.network)](denoisers)
+
+    def optimizer(self, bank: Bank) -> torch.optim.Optimizer:
+        """AdamW over all denoisers; it acts on every number by itself, so that they stay independent."""
+        return torch.optim.AdamW(bank.parameters.values(), lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
+
+
+def _train(
+    state: _State,
+    tasks: Sequence[Task],
+    weights: Sequence[dict[str, Tensor]] | None,
+    resume_from: Path | None,
+    progress: Progress | None,
+) -> tuple[ExpertCurves, Bank]:
+    """Train the experts of all tasks side by side, from the given weights per seed or cold."""
+    plan, S = state.plan, len(state.plan.seeds)
+    bank = state.bank(len(tasks), weights)
+    optimizer = state.optimizer(bank)
+    draws = heldout_draws(state.dataset, tasks, plan.heldout_draws)
+    floor, posterior = floor_losses(state.dataset, state.process, draws)
+    run = _Checkpoint(resume_from, bank, optimizer, (state.dataset, state.process, tasks, plan))
+    losses, excess = run.load()
     iterations = plan.iterations
     start = iterations[len(losses) - 1] if losses else 0
     if not losses:
         _append(losses, excess, bank, draws, posterior, S)
+    train = state.dataset.train.to(state.device)
     for step in range(start, iterations[-1]):
-        x0, eps, u = _training_draws(train, plan, step)
-        t = (first[:, None] + (u[:, None] * length[:, None]).floor().long()).reshape(E, plan.batch)
-        x0, eps = (_per_expert(a, K) for a in (x0, eps))
-        alpha, sigma = bank.template.scales(t, x0)
-        optimizer.zero_grad()
-        bank.backward(alpha * x0 + sigma * eps, t, from_x0_eps(plan.prediction, x0, eps, alpha, sigma))
-        optimizer.step()
+        _step(bank, optimizer, train, tasks, plan, TRAIN_STREAM, step)
         if step + 1 == iterations[len(losses)]:
             _append(losses, excess, bank, draws, posterior, S)
             run.save(losses, excess)
         if progress is not None:
             progress(step + 1, iterations[-1])
-    return ExpertCurves(
-        iterations,
-        np.stack(losses, axis=2),
-        np.stack(excess, axis=2) if posterior is not None else None,
-        floor,
-        posterior is not None,
+    stacked = np.stack(excess, axis=2) if posterior is not None else None
+    zero = _zero_losses(bank.template, draws)
+    return ExpertCurves(iterations, np.stack(losses, axis=2), stacked, floor, zero, posterior is not None), bank
+
+
+def _step(
+    bank: Bank,
+    optimizer: torch.optim.Optimizer,
+    train: Tensor,
+    tasks: Sequence[Task],
+    plan: ExpertPlan,
+    counter: int,
+    step: int,
+) -> None:
+    """One iteration of all experts."""
+    first = torch.tensor([task.first for task in tasks], device=train.device)
+    length = torch.tensor([task.length for task in tasks], device=train.device)
+    x0, eps, u = _training_draws(train, plan, counter, step)
+    t = (first[:, None] + (u[:, None] * length[:, None]).floor().long()).flatten(0, 1)
+    x0, eps = (_per_expert(a, len(tasks)) for a in (x0, eps))
+    alpha, sigma = bank.template.scales(t, x0)
+    optimizer.zero_grad()
+    bank.backward(alpha * x0 + sigma * eps, t, from_x0_eps(plan.prediction, x0, eps, alpha, sigma))
+    optimizer.step()
+
+
+def _shared_weights(state: _State) -> list[dict[str, Tensor]]:
+    """Weights per seed after the budget on all timesteps together; repeated, not stored, when a run is resumed."""
+    everything = [Task(0, 1, state.process.T, float("inf"), float("-inf"))]
+    bank = state.bank(1, None)
+    optimizer = state.optimizer(bank)
+    train = state.dataset.train.to(state.device)
+    for step in range(state.plan.budget):
+        _step(bank, optimizer, train, everything, state.plan, WARM_STREAM, step)
+    return [bank.weights(index) for index in range(len(state.plan.seeds))]
+
+
+def _train_in_turn(state: _State, tasks: Sequence[Task], progress: Progress | None) -> ExpertCurves:
+    """Train the tasks one after the other, noisiest first, each from the weights of the one before."""
+    parts: list[ExpertCurves] = []
+    weights: list[dict[str, Tensor]] | None = None
+    total = state.plan.iterations[-1] * len(tasks)
+    for turn, task in enumerate(reversed(tasks)):
+        path = state.resume_from and state.resume_from.with_suffix(f".{task.index}{state.resume_from.suffix}")
+        report = None if progress is None else _shifted(progress, turn * state.plan.iterations[-1], total)
+        curves, bank = _train(state, [task], weights, path, report)
+        parts.insert(0, curves)
+        weights = [bank.weights(index) for index in range(len(state.plan.seeds))]
+    if state.resume_from is not None:
+        for task in tasks:
+            state.resume_from.with_suffix(f".{task.index}{state.resume_from.suffix}").unlink(missing_ok=True)
+    joined = [part.excess for part in parts if part.excess is not None]
+    return replace(
+        parts[0],
+        losses=np.concatenate([part.losses for part in parts], axis=1),
+        excess=np.concatenate(joined, axis=1) if joined else None,
+        floor=np.concatenate([part.floor for part in parts]),
+        zero=np.concatenate([part.zero for part in parts]),
     )
+
+
+def _shifted(progress: Progress, offset: int, total: int) -> Progress:
+    return lambda done, _: progress(offset + done, total)
 
 
 def build_expert(dataset: Dataset, process: Process, plan: ExpertPlan, seed: int) -> Denoiser:
@@ -292,14 +320,14 @@ def build_expert(dataset: Dataset, process: Process, plan: ExpertPlan, seed: int
     return Denoiser(build_network(plan.network, dataset.shape, seed), process, plan.prediction, data_std)
 
 
-def _training_draws(train: Tensor, plan: ExpertPlan, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _training_draws(train: Tensor, plan: ExpertPlan, counter: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Clean samples and noise (S, B, *), position within the task (S, B) of one iteration."""
     shape = (plan.batch, *train.shape[1:])
     rows, noise, u = [], [], []
     for seed in plan.seeds:
-        rows.append(torch.from_numpy(stream(TRAIN_STREAM, seed, step, 0).integers(len(train), size=plan.batch)))
-        noise.append(normal(shape, TRAIN_STREAM, seed, step, 1))
-        u.append(uniform((plan.batch,), TRAIN_STREAM, seed, step, 2))
+        rows.append(torch.from_numpy(stream(counter, seed, step, 0).integers(len(train), size=plan.batch)))
+        noise.append(normal(shape, counter, seed, step, 1))
+        u.append(uniform((plan.batch,), counter, seed, step, 2))
     x0 = train[torch.stack(rows).to(train.device)]
     return x0, torch.stack(noise).to(train.device), torch.stack(u).to(train.device)
 
@@ -338,6 +366,23 @@ def _append(
     losses.append(torch.cat(parts, -1).numpy())
     if parts_excess:
         excess.append(torch.cat(parts_excess, -1).numpy())
+
+
+def _zero_losses(template: Denoiser, draws: HeldOutDraws) -> npt.NDArray[np.float32]:
+    """Losses (K, M) of the network that outputs zero: what an expert knows before it learns anything."""
+    device = template.alpha.device
+    silent = Denoiser(_Zero(), template.process, template.prediction, template.data_std).to(device)
+    with torch.no_grad():
+        rows = [
+            silent.eps_losses(x0.to(device), eps.to(device), t.to(device))
+            for x0, eps, t in zip(draws.x0, draws.eps, draws.t, strict=True)
+        ]
+    return torch.stack(rows).cpu().numpy()
+
+
+class _Zero(torch.nn.Module):
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def floor_losses(

@@ -211,9 +211,36 @@ def relative_entropy_figure(folder: Path) -> "Figure":
     return figure
 
 
+def agreement_figure(folder: Path) -> "Figure":
+    """Kendall's tau between every two measures, with its interval."""
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    ranking = Ranking.load(folder)
+    names = list(ranking.measures)
+    tau = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    text = pd.DataFrame("", index=names, columns=names)
+    for pair in ranking.kendall_tau:
+        known = pair.tau is not None
+        for a, b in ((pair.first, pair.second), (pair.second, pair.first)):
+            tau.loc[a, b] = pair.tau if known else np.nan
+            text.loc[a, b] = f"{pair.tau:+.2f}\n[{pair.ci_low:+.2f}, {pair.ci_high:+.2f}]" if known else "-"
+    side = 1.6 + 0.72 * len(names)
+    figure, axes = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
+    seaborn.heatmap(
+        tau, annot=text, fmt="", vmin=-1, vmax=1, cmap="PuOr", square=True, linewidths=0.5, ax=axes,
+        annot_kws={"fontsize": 6}, cbar_kws={"label": "Kendall's tau over the tasks  (1 = same order)"},
+    )  # fmt: skip
+    axes.tick_params(axis="x", rotation=45)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+    return figure
+
+
 FIGURES: Mapping[str, tuple[Callable[[Path], "Figure"], str]] = {
     "difficulty": (difficulty_figure, "ranking.json"),
     "ranks": (rank_figure, "ranking.json"),
+    "agreement": (agreement_figure, "ranking.json"),
     "learning_curves": (learning_figure, "losses.csv"),
     "relative_entropy": (relative_entropy_figure, "relative_entropy.csv"),
 }

@@ -22,6 +22,7 @@ def losses_of(curves, seeds=(0, 1, 2), noise=0.0):
             "heldout_loss": FLOOR + 2 * excess,
             "floor": FLOOR,
             "floor_kind": "exact",
+            "zero_loss": FLOOR + 2 * curve(0),
             "excess_nats": excess,
             "excess_se": 1e-9,
         }

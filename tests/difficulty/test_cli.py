@@ -37,7 +37,7 @@ def test_a_measurement_folder_holds_tables_ranking_and_figures(measured):
     assert entropy["t"].tolist() == list(range(2, 51))
     ranking = read_json(measured / "ranking.json")
     assert set(ranking["measures"]) >= {"excess_nats", "log_regret", "paper_style", "relative_entropy"}
-    for figure in ("difficulty", "ranks", "learning_curves", "relative_entropy"):
+    for figure in ("difficulty", "ranks", "agreement", "learning_curves", "relative_entropy"):
         assert (measured / "figures" / f"{figure}.png").stat().st_size > 5000
         assert (measured / "figures" / f"{figure}.svg").exists()
     assert not list(measured.glob("*.partial*"))

@@ -81,7 +81,9 @@ def test_intervals_cover_the_truth_at_their_nominal_rate():
 
 
 def curves_of(losses, floor, excess=None):
-    return ExpertCurves(list(range(losses.shape[2])), losses.astype(np.float32), excess, floor, excess is not None)
+    iterations = list(range(losses.shape[2]))
+    zero = losses[0, :, 0].astype(np.float32)
+    return ExpertCurves(iterations, losses.astype(np.float32), excess, floor, zero, excess is not None)
 
 
 def test_the_best_known_floor_is_the_least_mean_loss_of_anyone_on_the_same_draws():

@@ -141,3 +141,30 @@ def test_plans_that_cannot_be_carried_out_are_refused(change, message):
 def test_networks_that_do_not_fit_are_refused(network, message):
     with pytest.raises(InputError, match=message):
         train_experts(GRID, PROCESS, TASKS, dataclasses.replace(PLAN, network=network))
+
+
+@pytest.mark.parametrize("start", ["shared", "neighbour"])
+def test_warm_experts_start_better_than_cold_ones(start):
+    data = load_dataset("digits-mixture:n=500")
+    plan = dataclasses.replace(PLAN, network="mlp:width=64", budget=60, batch=32, learning_rate=3e-3)
+    cold, warm = (train_experts(data, PROCESS, TASKS, dataclasses.replace(plan, start=s)) for s in ("cold", start))
+    # The noisiest task has no neighbour to start from.
+    first = slice(0, 3) if start == "neighbour" else slice(0, 4)
+    assert (warm.losses[:, first, 0].mean((0, -1)) < cold.losses[:, first, 0].mean((0, -1))).all()
+    np.testing.assert_array_equal(warm.zero, cold.zero)
+    np.testing.assert_allclose(cold.losses[0, :, 0], cold.zero, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["shared", "neighbour"])
+def test_an_interrupted_warm_run_resumes_bit_for_bit(tmp_path, start):
+    plan = dataclasses.replace(PLAN, start=start)
+    whole = train_experts(GRID, PROCESS, TASKS, plan)
+
+    def stop(done, total):
+        if done == 0.6 * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_experts(GRID, PROCESS, TASKS, plan, resume_from=tmp_path / "state.safetensors", progress=stop)
+    resumed = train_experts(GRID, PROCESS, TASKS, plan, resume_from=tmp_path / "state.safetensors")
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
