@@ -26,6 +26,7 @@ from training.curriculum import Curriculum, known_process, make_curriculum
 from training.heldout import HeldOut
 from training.metrics import SampleJudge
 from training.plots import draw_folder, save_grid
+from training.report import percent, write_report
 from training.run import Cadence, restore, train
 from training.sampling import draw_samples
 from training.trainer import Trainer, TrainPlan
@@ -246,6 +247,7 @@ def compare(
     lr_schedule: str = "cosine",
     metrics: tuple[str, ...] = ("fd-pca", "sw-pixels"),
     samples: int = 512,
+    confirms: Path | None = None,
     workers: int = 0,
     json: bool = False,
 ) -> None:
@@ -272,6 +274,7 @@ def compare(
         lr_schedule: constant, cosine or linear.
         metrics: Of the samples: fd-pca, fd-pixels, sw-pixels, sw-pca.
         samples: Samples that are judged.
+        confirms: Folder of the exploration that this comparison repeats on other seeds; without it nothing is claimed.
         workers: Processes, 0 for one per core.
         json: Print the effects as JSON.
     """
@@ -305,18 +308,21 @@ def compare(
         lr_schedule=lr_schedule,
         metrics=metrics,
         samples=samples,
+        confirms=confirms,
         workers=workers or _cores(),
         progress=progress,
     )
     bar.close()
     figures = draw_folder(out)
+    report = write_report(out)[0]
     if json:
         print(table.to_json(orient="records"))
         return
     print(f"{out}: change against {next(iter(dict.fromkeys(arms)))} over {seeds} paired seeds (negative is better)")
     for row in table.to_dict("records"):
-        low, middle, high = (100 * (2.718281828459045 ** row[name] - 1) for name in ("ci_low", "log_ratio", "ci_high"))
-        print(f"  {row['arm']:18} {row['metric']:10} {middle:+7.2f} % [{low:+.2f}, {high:+.2f}]  {row['verdict']}")
+        low, middle, high = (percent(row[name]) for name in ("ci_low", "log_ratio", "ci_high"))
+        print(f"  {row['arm']:18} {row['metric']:10} {middle} [{low}, {high}]  {row['verdict']}")
+    print(f"  report: {report}")
     print(f"  figures: {', '.join(str(path) for path in figures if path.suffix == '.png')}")
 
 

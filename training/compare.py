@@ -5,11 +5,13 @@ the sampler. One finished (arm, seed) is one file in ``runs``, so an interrupted
 
 The folder holds run.json; comparison.csv (arm, seed, metric, value at the end); curves.csv (the held-out metrics over
 training); tasks.csv (nats per task at the end) and task_bounds.csv (what the tasks are); stages.csv; effects.csv, see
-`effects.py`; speed.csv (iterations to the baseline's final nats); figures, drawn from these.
+`effects.py`; order.csv, the same for a curriculum against its exposure without order; speed.csv (iterations to the
+baseline's final nats). Figures and the report are made from these.
 """
 
 __all__ = ["compare", "run_arm"]
 
+import hashlib
 import json
 import pickle
 import time
@@ -32,11 +34,11 @@ from difficulty.datasets import Dataset
 from difficulty.errors import InputError
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
-from difficulty.records import finish_run, read_json, start_run, write_bytes, write_json, write_table
+from difficulty.records import finish_run, read_json, read_run, start_run, write_bytes, write_json, write_table
 from difficulty.tasks import make_tasks
 from training.arms import ArmSpec, choose_arms
 from training.curriculum import Curriculum, make_curriculum
-from training.effects import effects, iterations_to_baseline
+from training.effects import EFFECT_COLUMNS, effects, iterations_to_baseline
 from training.heldout import HeldOut
 from training.metrics import SampleJudge, check_metrics
 from training.sampling import draw_samples
@@ -103,6 +105,7 @@ def compare(
     lr_schedule: str = "cosine",
     metrics: Sequence[str] = ("fd-pca", "sw-pixels"),
     samples: int = SAMPLES,
+    confirms: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -120,6 +123,7 @@ def compare(
         network, prediction, batch, lr, lr_schedule: as in ``TrainPlan``.
         metrics: of samples, names in ``training.metrics.METRICS``; held-out nats and loss are always measured.
         samples: number of samples that are judged.
+        confirms: folder of the comparison that explored; this one must repeat its setting on other seeds.
         workers: processes. More than one needs a script that guards its entry by ``if __name__ == "__main__"``.
         progress: called with (what, done, in all) after every run.
 
@@ -149,7 +153,7 @@ def compare(
     for spec in specs.values():  # whatever cannot be built is refused before anything is written
         Trainer(data, process, _plan_of(spec, plan, seeds[0]), spec.curriculum_for(seeds[0]))
     check_metrics(setting.metrics)
-    run = _open(out, setting, specs, list(seeds))
+    run = _open(out, setting, specs, list(seeds), confirms)
     jobs = [
         Job(arm, spec, seed, _file(out, arm, seed), keep_samples=seed == seeds[0])
         for seed in seeds
@@ -212,7 +216,9 @@ def _file(out: Path, arm: str, seed: int) -> Path:
     return out / "runs" / f"{arm}-seed{seed}.json"
 
 
-def _open(out: Path, setting: Setting, specs: Mapping[str, ArmSpec], seeds: list[int]) -> dict[str, Any]:
+def _open(
+    out: Path, setting: Setting, specs: Mapping[str, ArmSpec], seeds: list[int], confirms: Path | None
+) -> dict[str, Any]:
     """run.json of the comparison; a folder that holds another one is refused, the same one is continued."""
     config = {
         "arms": {name: _described(spec) for name, spec in specs.items()},
@@ -225,13 +231,38 @@ def _open(out: Path, setting: Setting, specs: Mapping[str, ArmSpec], seeds: list
         "value_range": setting.data.value_range,
         "process": setting.process.fingerprint,
     }
+    config = json.loads(json.dumps(config))
+    config["confirms"] = _explored(confirms, config) if confirms else None
     if (out / "run.json").exists():
         found = read_json(out / "run.json")
         if not isinstance(found, dict) or found.get("kind") != "compare":
             raise InputError(f"{out} holds the results of another command; choose another output folder")
-        if found.get("config") != json.loads(json.dumps(config)):
+        if found.get("config") != config:
             raise InputError(f"{out} holds a comparison with other settings; choose another folder or repeat them")
     return start_run(out, "compare", config)
+
+
+def _explored(folder: Path, config: dict[str, Any]) -> str:
+    """Identity of the exploration that a comparison confirms.
+
+    Args:
+        folder: of the exploration.
+        config: of the confirmation.
+
+    Raises:
+        InputError: if the exploration is unfinished, shares a seed, or had another data set, process or plan.
+    """
+    explored = read_run(folder, "compare")["config"]
+    shared = sorted(set(explored["seeds"]) & set(config["seeds"]))
+    if shared:
+        raise InputError(f"seed {shared[0]} was explored in {folder}; confirm on seeds that it did not use")
+    for name in ("data", "process", "plan", "samples", "metrics"):
+        if explored[name] != config[name]:
+            raise InputError(f"{folder} explored another {name}; a confirmation repeats the setting")
+    for arm, spec in config["arms"].items():
+        if explored["arms"].get(arm) != spec:
+            raise InputError(f"{folder} did not explore arm {arm!r} as it is here")
+    return hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()
 
 
 def _described(spec: ArmSpec) -> dict[str, Any]:
@@ -299,6 +330,16 @@ def _work(job: bytes) -> dict[str, Any]:
     return run_arm(_setting, pickle.loads(job))
 
 
+def _order_effects(final: pd.DataFrame, specs: Mapping[str, ArmSpec]) -> pd.DataFrame:
+    """Effects of the arms whose exposure another arm copies, against that arm: what their order alone does."""
+    tables = [
+        effects(final[final["arm"].isin([name, spec.exposure_of])], baseline=name)
+        for name, spec in specs.items()
+        if spec.exposure_of is not None
+    ]
+    return pd.concat(tables) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
+
+
 def _write_tables(
     out: Path, jobs: Sequence[Job], specs: Mapping[str, ArmSpec], bounds: Sequence[RankingTask]
 ) -> pd.DataFrame:
@@ -335,6 +376,7 @@ def _write_tables(
         ("task_bounds", pd.DataFrame([bound.model_dump() for bound in bounds]).rename(columns={"index": "task"})),
         ("stages", stages),
         ("effects", table),
+        ("order", _order_effects(final, specs)),
         ("speed", iterations_to_baseline(curves, baseline, "nats")),
     ):
         write_table(out / f"{name}.csv", frame)

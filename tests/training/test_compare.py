@@ -9,6 +9,7 @@ from difficulty.process import get_process
 from training.arms import ARMS, ArmSpec, choose_arms
 from training.compare import FRESH, compare
 from training.plots import draw_folder
+from training.report import percent, write_report
 
 SMALL = {"steps": 30, "batch": 8, "network": "mlp:width=8,depth=2", "samples": 64, "seeds": [0, 1]}
 
@@ -103,6 +104,55 @@ def test_random_order_differs_between_seeds_and_holds_the_same_clusters(curricul
     orders = {tuple(tuple(c.tasks) for c in spec.curriculum_for(seed).clusters) for seed in range(60)}
     assert len(orders) == 6  # all orders of three clusters
     assert {frozenset(order) for order in orders} == {frozenset(tuple(c.tasks) for c in curriculum.clusters)}
+
+
+def test_report_states_every_effect_with_its_interval_as_in_the_table(gaussian, process, curriculum, tmp_path):
+    arms = ["vanilla", "vanilla-again", "curriculum", "static"]
+    table = compare(gaussian, process, arms, curriculum=curriculum, out=tmp_path, **SMALL)
+    draw_folder(tmp_path)
+    markdown, page = (path.read_text() for path in write_report(tmp_path))
+    for row in table.to_dict("records"):
+        for name in ("log_ratio", "ci_low", "ci_high"):
+            assert percent(row[name]) in markdown
+            assert percent(row[name]) in page
+    assert "no claim rests on these seeds" in markdown
+    assert "curriculum against its own histogram of t without order" in markdown
+    order = pd.read_csv(tmp_path / "order.csv")
+    wide = pd.read_csv(tmp_path / "comparison.csv").pivot(index=["metric", "seed"], columns="arm", values="value")
+    expected = np.log(wide["curriculum"] / wide["static"]).groupby("metric").mean()
+    assert np.allclose(order.set_index("metric")["log_ratio"], expected[order["metric"]])
+    assert page.count("data:image/png;base64,") == len(list((tmp_path / "figures").glob("*.png")))
+    assert 'src="http' not in page
+
+
+def test_confirmation_repeats_the_setting_on_other_seeds_or_is_refused(gaussian, process, tmp_path):
+    arms = ["vanilla", "min-snr", "p2"]
+    compare(gaussian, process, arms, out=tmp_path / "explored", **SMALL)
+
+    def confirm(arms=arms, **changes):
+        options = SMALL | {"seeds": [5, 6]} | changes
+        return compare(gaussian, process, arms, out=tmp_path / "new", confirms=tmp_path / "explored", **options)
+
+    for changes, reason in (
+        ({"seeds": [1, 2]}, "seed 1 was explored"),
+        ({"steps": 31}, "another plan"),
+        ({"arms": ["vanilla", "log-snr"]}, "did not explore arm 'log-snr'"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            confirm(**changes)
+        assert not (tmp_path / "new").exists()
+    confirm(arms=["vanilla", "p2"])
+    assert "Confirmation: the seeds differ" in write_report(tmp_path / "new")[0].read_text()
+
+
+def test_report_of_an_unfinished_comparison_is_refused(gaussian, process, tmp_path):
+    def stop(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(gaussian, process, ["vanilla", "p2"], out=tmp_path, progress=stop, **SMALL)
+    with pytest.raises(InputError, match="incomplete"):
+        write_report(tmp_path)
 
 
 def test_comparison_refuses_what_it_cannot_do(gaussian, process, curriculum, tmp_path):
