@@ -2,6 +2,7 @@
 
 __all__ = ["main"]
 
+import atexit
 import json as jsonlib
 import os
 import shlex
@@ -117,6 +118,8 @@ def run(
     process: str | None = None,
     steps: int = 2000,
     batch: int = 128,
+    micro_batches: int = 1,
+    precision: str = "fp32",
     network: str = "mlp",
     prediction: str = "eps",
     weight: str = "constant",
@@ -142,6 +145,7 @@ def run(
     """Train a denoiser, with a curriculum or without; the same command continues a run that was stopped.
 
     Example: training run digits --curriculum curriculum.json --out runs/digits --steps 2000
+    On several devices: torchrun --nproc-per-node 4 -m training run ...
 
     Args:
         data: Built-in data set, array file, or folder of images.
@@ -149,7 +153,9 @@ def run(
         curriculum: A curriculum.json, or none.
         process: Forward process by name; default: that of the curriculum, or vp-linear.
         steps: Iterations.
-        batch: Samples per iteration.
+        batch: Samples per iteration, over all processes together.
+        micro_batches: Parts into which each process cuts its samples to save memory.
+        precision: fp32, or bf16 for the forward and backward pass.
         network: mlp, unet or dit, with options as in mlp:width=256.
         prediction: What the network predicts: eps, x0, v, score, velocity or edm.
         weight: Loss weight, such as constant, min-snr:gamma=5 or p2.
@@ -172,12 +178,15 @@ def run(
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
     """
+    rank, where = _join_processes(device)
     dataset = load_dataset(data)
     chosen = None if curriculum == "none" else Curriculum.load(curriculum)
     forward = _process(process, chosen, curriculum)
     plan = TrainPlan(
         steps=steps,
         batch=batch,
+        micro_batches=micro_batches,
+        precision=precision,
         network=network,
         prediction=prediction,
         weight=weight,
@@ -194,7 +203,7 @@ def run(
         seed=seed,
     )
     cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
-    bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or None)
+    bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or rank > 0 or None)
 
     def watch(trainer: Trainer, loss: float) -> None:
         bar.update(trainer.done - bar.n)
@@ -211,12 +220,14 @@ def run(
         chosen,
         cadence=cadence,
         resume=resume,
-        device=_device(device),
+        device=where,
         watch=watch,
         tell=lambda message: tqdm.write(message, file=sys.stderr),
         show=lambda samples, path: save_grid(samples, path, dataset.value_range),
     )
     bar.close()
+    if rank > 0:
+        return
     write_bytes(out / "command.txt", (shlex.join(["training", *sys.argv[1:]]) + "\n").encode())
     figures = draw_folder(out)
     tasks = HeldOut(dataset, forward, _tasks(chosen, forward))
@@ -555,6 +566,22 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]})") from None
     return name
+
+
+def _join_processes(device: str) -> tuple[int, str]:
+    """Rank of this process and its device; joins the others if torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, _device(device)
+    import torch.distributed as dist
+
+    where = _device(device)
+    if where == "cuda":
+        where = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), where
 
 
 def _cores() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
@@ -98,29 +99,34 @@ def train(
             kept as a checkpoint.
     """
     cadence = cadence or Cadence()
-    trainer = Trainer(data, process, plan, curriculum, device=device)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    trainer = Trainer(data, process, plan, curriculum, device=device, rank=rank, world=world)
     tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
     heldout = HeldOut(data, process, tasks)
-    run, state = _open(trainer, out, cadence, resume, tell)
+    run, state = _open_together(trainer, out, cadence, resume, tell)
     log: dict[str, list[list[float]]] = {"losses": [], "curve": []}
     if state is not None:
         log = state.pop("log")
         trainer.load_state_dict(state)
-    if curriculum:
+    if curriculum and rank == 0:
         curriculum.save(out / "curriculum.json")
     seconds = time.monotonic()
     while trainer.done < plan.steps:
         try:
             loss = trainer.step()
         except Diverged as error:
-            save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+            if rank == 0:
+                save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
             raise Diverged(f"{error}; the last good state is checkpoint {trainer.done} in {out}") from None
         trainer.report_heldout(heldout)
-        if watch:
+        if watch and rank == 0:
             watch(trainer, float(loss))
         last = trainer.done == plan.steps
         if last:
             trainer.sampler.finish(trainer.done)
+        if rank > 0:  # the first process writes
+            continue
         if _now(cadence.evaluate, trainer.done, last):
             _log_heldout(trainer, heldout, float(loss), log)
             _write_tables(trainer, out, log, tasks)
@@ -131,6 +137,8 @@ def train(
             show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
         if _now(cadence.checkpoint, trainer.done, last):
             save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+    if rank > 0:
+        return trainer
     _write_tables(trainer, out, log, tasks)
     finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))
     return trainer
@@ -138,6 +146,24 @@ def train(
 
 def _now(every: int, done: int, last: bool) -> bool:
     return last or (every > 0 and done % every == 0)
+
+
+def _open_together(
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """``_open`` by the first process; the others take over what it found, an error included."""
+    if trainer.world == 1:
+        return _open(trainer, out, cadence, resume, tell)
+    found: list[Any] = [None, None]
+    if trainer.rank == 0:
+        try:
+            found[0] = _open(trainer, out, cadence, resume, tell)
+        except InputError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise InputError(found[1])
+    return found[0]
 
 
 def _open(

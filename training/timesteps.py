@@ -114,13 +114,13 @@ class TimestepSampler:
             t, int64 in 1..T, and its weight in the loss, float32, each of shape (batch,).
         """
         self.advance(step)
-        # Each rank draws the whole global batch and takes its part, so that two ranks train as one would.
+        # Each rank draws the whole global batch, logs it, and takes its part: two ranks train and log as one would.
         u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
         if self.stratified:
             u = (np.arange(batch * world) + u) / (batch * world)
-        u = u[rank * batch : (rank + 1) * batch]
-        t = torch.from_numpy(np.searchsorted(self.cdf, u, side="right"))
-        self.counts += torch.bincount(t, minlength=self.T + 1)
+        whole = torch.from_numpy(np.searchsorted(self.cdf, u, side="right"))
+        self.counts += torch.bincount(whole, minlength=self.T + 1)
+        t = whole[rank * batch : (rank + 1) * batch]
         return t.to(device), self.weight_of_t[t].to(device)
 
     def advance(self, step: int) -> None:

@@ -7,8 +7,9 @@ samples and noise in every step, whatever their curriculum, density or weight: t
 and a resumed run equal to one that was never stopped. The learning rate is a function of the step and has no state.
 """
 
-__all__ = ["LR_SCHEDULES", "Diverged", "TrainPlan", "Trainer"]
+__all__ = ["LR_SCHEDULES", "PRECISIONS", "Diverged", "TrainPlan", "Trainer"]
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ def _linear(progress: float) -> float:
 
 
 # Factor on the learning rate as a function of the share of the run that is done, in [0, 1).
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR_SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": _constant, "cosine": _cosine, "linear": _linear}
 
 
@@ -59,7 +61,9 @@ class TrainPlan:
 
     Args:
         steps: iterations.
-        batch: samples per iteration.
+        batch: samples per iteration, over all processes and micro-batches together.
+        micro_batches: parts into which a process cuts its samples to save memory; the gradient is that of the whole.
+        precision: a name in ``PRECISIONS``; weights and optimizer stay in float32.
         network: spec of the network, as in ``mlp:width=256``.
         prediction: what the network predicts.
         weight: loss weight, a spec of `weights.py`.
@@ -78,6 +82,8 @@ class TrainPlan:
 
     steps: int = 2000
     batch: int = 128
+    micro_batches: int = 1
+    precision: str = "fp32"
     network: str = "mlp"
     prediction: str = "eps"
     weight: str = "constant"
@@ -95,7 +101,8 @@ class TrainPlan:
 
     def __post_init__(self) -> None:
         choose("learning-rate schedule", self.lr_schedule, LR_SCHEDULES)
-        for name in ("steps", "batch", "lr"):
+        choose("precision", self.precision, PRECISIONS)
+        for name in ("steps", "batch", "micro_batches", "lr"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "clip", "seed"):
@@ -123,9 +130,11 @@ class Trainer:
         base_density: probabilities of t, shape (T+1,), in place of the plan's density.
         device: where the network lives.
         network: a module ``forward(x, log_snr)`` in place of the one that the plan names; its weights are taken over.
+        rank, world: this process and the number of processes that train together (torch.distributed is initialised).
 
     Raises:
-        InputError: if a name is unknown, or the curriculum was made for another process.
+        InputError: if a name is unknown, the curriculum was made for another process, or the batch cannot be shared
+            equally.
     """
 
     def __init__(
@@ -138,7 +147,15 @@ class Trainer:
         base_density: Array | None = None,
         device: torch.device | str = "cpu",
         network: nn.Module | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        if plan.batch % (world * plan.micro_batches):
+            raise InputError(
+                f"a batch of {plan.batch} cannot be cut into {plan.micro_batches} micro-batches on each of {world} "
+                "processes; make it a multiple"
+            )
+        self.rank, self.world = rank, world
         self.data, self.process, self.plan, self.device = data, process, plan, torch.device(device)
         self.samples = data.train.to(self.device)
         data_std = float(data.train.double().square().mean().sqrt())
@@ -173,20 +190,33 @@ class Trainer:
             Diverged: if the loss is not finite; weights, average and optimizer are as before the step.
         """
         plan, step = self.plan, self.done
-        rows = torch.from_numpy(stream(plan.seed, BATCH, step, 0).integers(0, len(self.samples), plan.batch))
+        share = plan.batch // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        # Every process draws the whole batch and takes its part, so that any number of them trains as one would.
+        rows = torch.from_numpy(stream(plan.seed, BATCH, step, 0).integers(0, len(self.samples), plan.batch))[mine]
         x0 = self.samples[rows.to(self.device)]
-        eps = normal(tuple(x0.shape), plan.seed, NOISE, step, 0).to(self.device)
-        t, weight = self.sampler.sample(plan.batch, step=step, device=self.device)
-        denoiser = given(self.denoiser, self._labels(rows, step)) if plan.conditional else self.denoiser
-        losses = denoiser.losses(x0, eps, t) * self.loss_weight[t] * weight
-        loss = losses.mean() / self.data.dim
-        if not torch.isfinite(loss):
+        eps = normal((plan.batch, *x0.shape[1:]), plan.seed, NOISE, step, 0)[mine].to(self.device)
+        t, weight = self.sampler.sample(share, step=step, rank=self.rank, world=self.world, device=self.device)
+        labels = self._labels(rows, step, mine) if plan.conditional else None
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        size = share // plan.micro_batches
+        for first in range(0, share, size):
+            part = slice(first, first + size)
+            denoiser = self.denoiser if labels is None else given(self.denoiser, labels[part])
+            with self._autocast():
+                losses = denoiser.losses(x0[part], eps[part], t[part])
+            loss = (losses.float() * self.loss_weight[t[part]] * weight[part]).sum() / (plan.batch * self.data.dim)
+            loss.backward()
+            total += loss.detach()
+        if self.world > 1:
+            self._sum_over_processes(total)
+        # The same number on every process, so that all of them stop, or all go on.
+        if not torch.isfinite(total):
             raise Diverged(
-                f"the loss became {float(loss.detach())} at step {step}; lower the learning rate (now {plan.lr:g}) "
+                f"the loss became {float(total)} at step {step}; lower the learning rate (now {plan.lr:g}) "
                 "or check the data and the loss weight"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         if plan.clip:
             nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), plan.clip)
         for group in self.optimizer.param_groups:
@@ -194,13 +224,28 @@ class Trainer:
         self.optimizer.step()
         self.averaged.update_parameters(self.denoiser.network)
         self.done += 1
-        self.sampler.update(loss)
-        return loss.detach()
+        self.sampler.update(total)
+        return total
 
-    def _labels(self, rows: Tensor, step: int) -> Tensor:
-        """Labels of a batch, some replaced by the null label."""
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.plan.precision == "fp32":  # even a disabled autocast costs time in a small network
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.plan.precision])
+
+    def _sum_over_processes(self, total: Tensor) -> None:
+        """Sum gradients and loss over the processes, as one message."""
+        gradients = [p.grad for p in self.denoiser.network.parameters() if p.grad is not None]
+        message = torch.cat([total.reshape(1), *(gradient.flatten() for gradient in gradients)])
+        torch.distributed.all_reduce(message)
+        total.copy_(message[0])
+        parts = message[1:].split([gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, parts, strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def _labels(self, rows: Tensor, step: int, mine: slice) -> Tensor:
+        """Labels of this process's part of a batch, some replaced by the null label."""
         assert self.data.labels is not None
-        dropped = uniform(tuple(rows.shape), self.plan.seed, LABELS, step, 0) < self.plan.label_dropout
+        dropped = uniform((self.plan.batch,), self.plan.seed, LABELS, step, 0)[mine] < self.plan.label_dropout
         return torch.where(dropped, self.classes, self.data.labels[rows]).to(self.device)
 
     def report_heldout(self, heldout: HeldOut) -> None:

@@ -97,9 +97,9 @@ def test_labels_that_are_always_dropped_are_never_learned(two_classes, process):
 
 
 def test_labels_are_dropped_as_often_as_asked(two_classes, process):
-    trainer = Trainer(two_classes, process, TrainPlan(**(vars(PLAN) | {"label_dropout": 0.3})))
+    trainer = Trainer(two_classes, process, TrainPlan(**(vars(PLAN) | {"label_dropout": 0.3, "batch": 400})))
     rows = torch.arange(400)
-    dropped = torch.cat([trainer._labels(rows, step) == 2 for step in range(50)]).float().mean()
+    dropped = torch.cat([trainer._labels(rows, step, slice(400)) == 2 for step in range(50)]).float().mean()
     assert float(dropped) == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / 20000))
 
 

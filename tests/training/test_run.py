@@ -82,7 +82,7 @@ import os, random, signal, time
 
 out, curriculum = Path(sys.argv[1]), Curriculum.load(sys.argv[2])
 data, process = load_dataset("gaussian:dim=4,var=0.25,n=400"), get_process("vp-linear:T=80")
-plan = TrainPlan(steps=1500, batch=8, network="mlp:width=8,depth=2", warmup=5)
+plan = TrainPlan(steps=800, batch=8, network="mlp:width=8,depth=2", warmup=5)
 cadence = Cadence(evaluate=50, checkpoint=11, sample=0, keep=2)
 Trainer(data, process, plan, curriculum)  # imports everything that training imports late, before the forks
 kills = 0
@@ -93,7 +93,7 @@ while True:
         train(data, process, plan, out, curriculum, cadence=cadence)
         os._exit(0)
     if kills < 20:
-        time.sleep(rng.uniform(0.02, 0.2))
+        time.sleep(rng.uniform(0.02, 0.12))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
@@ -109,7 +109,7 @@ print(kills, os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 def test_twenty_kills_at_random_moments_change_nothing_in_the_end(gaussian, process, staged, tmp_path):
     staged.save(tmp_path / "c.json")
-    plan = TrainPlan(steps=1500, batch=8, network="mlp:width=8,depth=2", warmup=5)
+    plan = TrainPlan(steps=800, batch=8, network="mlp:width=8,depth=2", warmup=5)
     cadence = Cadence(evaluate=50, checkpoint=11, sample=0, keep=2)
     train(gaussian, process, plan, tmp_path / "whole", staged, cadence=cadence)
     done = subprocess.run(

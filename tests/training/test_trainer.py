@@ -138,7 +138,29 @@ def test_state_restored_into_a_new_trainer_continues_bit_identically(gaussian, p
         assert whole.sampler.state_dict() == second.sampler.state_dict()
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"lr": -1.0}, {"lr_schedule": "step"}, {"ema_decay": 1.0}, {"clip": -1}])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(gaussian, process, curriculum):
+    whole, losses = _train(gaussian, process, PLAN, curriculum)
+    cut, cut_losses = _train(gaussian, process, TrainPlan(**(vars(PLAN) | {"micro_batches": 4})), curriculum)
+    assert np.allclose(losses, cut_losses, rtol=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(_weights(whole), _weights(cut), strict=True))
+
+
+def test_half_precision_follows_full_precision_and_keeps_its_weights_in_float32(gaussian, process):
+    _, losses = _train(gaussian, process, PLAN)
+    half, half_losses = _train(gaussian, process, TrainPlan(**(vars(PLAN) | {"precision": "bf16"})))
+    assert losses != half_losses
+    assert np.allclose(losses, half_losses, rtol=0.05)
+    assert all(weight.dtype == torch.float32 for weight in _weights(half))
+
+
+def test_batch_that_cannot_be_shared_is_refused(gaussian, process):
+    with pytest.raises(InputError, match="multiple"):
+        Trainer(gaussian, process, TrainPlan(batch=10, micro_batches=4))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"precision": "fp8"}, {"steps": 0}, {"lr": -1.0}, {"lr_schedule": "step"}, {"ema_decay": 1.0}, {"clip": -1}]
+)
 def test_plans_that_cannot_train_are_refused(bad):
     with pytest.raises(InputError):
         TrainPlan(**bad)
