@@ -226,7 +226,7 @@ def kl(
         data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
         out: folder to write: run.json, relative_entropy.csv, figures/.
         process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
-        estimator: auto, exact (built-in laws only), gaussian or mixture.
+        estimator: auto, exact (built-in laws only), gaussian, mixture or empirical.
         pairs: the t of the pairs (t-1, t), in 2..T; all by default.
         tasks: that many coarse intervals instead, uniform in t.
         seed: of every random draw.

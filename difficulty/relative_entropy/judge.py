@@ -35,6 +35,7 @@ from difficulty.relative_entropy.families import Candidate, Plan, fit_candidate,
 from difficulty.relative_entropy.fits import Fit, GaussianBlock
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.sample import Sample
+from difficulty.relative_entropy.score import conditional_covariance
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -371,7 +372,7 @@ class Judge:
             s = torch.from_numpy(np.exp(self.tau))[:, None]
             square, dim = eps.square().sum(1), eps.shape[1]
             g = self._along((square - dim).expand(len(s), -1), dim - square - (x * eps).sum(1) / s).reshape(f.shape)
-            cross.append(_conditional_covariance(f, g).numpy())
+            cross.append(conditional_covariance(f, g).numpy())
             own_flow, own_dilation, _ = fit.evaluate(*fit.draw(2000, fold), self.tau)
             own.append(self._along(own_flow, own_dilation).square().numpy())
         (e, e_se), (c, c_se), (u, u_se) = (_mean(np.concatenate(part, 1)) for part in (held, cross, own))
@@ -530,19 +531,6 @@ def _anchors(pairs: Pairs, most: int) -> Rows:
     last = np.flatnonzero(np.isfinite(tau))[-1]
     even = np.searchsorted(tau, np.linspace(tau[0], tau[last], most)).clip(0, m - 1)
     return np.unique(np.concatenate([even, [0, 1, last, m - 1]]))
-
-
-def _conditional_covariance(f: Tensor, g: Tensor) -> Tensor:
-    """Mean over the noise of f g given x0, unbiased and without the noise of E[f|x0] E[g|x0], E[g|x0] being 0.
-
-    Args:
-        f, g: shape (m, n, 2, p), the third axis holding opposite noise; odd and even parts do not mix.
-    """
-    odd = ((f[:, :, 0] - f[:, :, 1]) * (g[:, :, 0] - g[:, :, 1])).mean(2) / 4
-    even_f, even_g = f.mean(2), g.mean(2)
-    pairs = f.shape[3]
-    centred = even_f - even_f.mean(2, keepdim=True)
-    return odd + (centred * even_g).sum(2) / (pairs - 1)
 
 
 def _mean(values: Array) -> tuple[Array, Array]:

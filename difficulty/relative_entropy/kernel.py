@@ -115,6 +115,15 @@ class MixtureKernel:
             out.append(torch.logsumexp(joint, 0).T)
         return torch.cat(out) - 0.5 * self.dim * math.log(2 * math.pi)
 
+    def effective_components(self, tau: npt.NDArray[np.float64]) -> Tensor:
+        """Effective number of components at y = x0 + exp(tau) eps, 1/sum of squared posteriors, shape (m, n)."""
+        out = []
+        for rows in self._chunks(len(tau)):
+            s = torch.from_numpy(np.exp(tau[rows]))[None, None, :]
+            joint = self._log_joint(torch.ones_like(s), s, self.eigenvalues[:, :, None] + s**2)
+            out.append(1 / torch.softmax(joint, 0).square().sum(0).T)
+        return torch.cat(out)
+
     def _log_joint(self, alpha: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
         """log w_k + log N(x; k) without the 2 pi, shape (K, n, m)."""
         w = 1 / v

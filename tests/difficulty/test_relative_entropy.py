@@ -1,0 +1,382 @@
+"""Relative entropy: the exact cases, the formulas against each other, and the estimators against the truth."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from scipy.stats import ortho_group, spearmanr
+
+from difficulty.datasets import Dataset, split_samples
+from difficulty.errors import InputError
+from difficulty.laws import GaussianMixture, Ring, gaussian, point_mass
+from difficulty.process import PROCESSES, get_process
+from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
+from difficulty.relative_entropy.estimate import Settings
+from difficulty.relative_entropy.exact import kl_of_law, law_draws
+from difficulty.relative_entropy.gaussian import gaussian_kl
+from difficulty.relative_entropy.kernel import MixtureKernel
+from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture
+from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
+from difficulty.relative_entropy.pairs import make_pairs, upper_bound
+from difficulty.relative_entropy.score import (
+    coarse_log_ratio,
+    conditional_scores,
+    cross_estimate,
+    kl_of_denoiser,
+    quadratic_kl,
+    time_score,
+)
+
+SILENT = Settings(1, 1, 0, lambda done, total: None)
+SIXTEEN = [2, 3, 5, 8, 14, 24, 40, 65, 100, 150, 220, 320, 430, 550, 651, 950]
+THIRTEEN = [2, 5, 10, 25, 60, 120, 200, 320, 450, 600, 750, 900, 990]
+
+
+def exact_dataset(law):
+    draws = law.sample(100, torch.Generator().manual_seed(0)).float()
+    return Dataset("exact", draws[20:], draws[:20], law=law)
+
+
+def mixture_16d(modes=4, seed=2):
+    rng = np.random.default_rng(seed)
+    covariances = []
+    for k in range(modes):
+        axes = ortho_group.rvs(16, random_state=100 * seed + k)
+        covariances.append((axes * np.exp(rng.uniform(-2.3, 0, 16))) @ axes.T)
+    return GaussianMixture(rng.uniform(0.5, 1.5, modes), rng.standard_normal((modes, 16)), np.stack(covariances))
+
+
+def samples_of(law, n, seed=0):
+    return law.sample(n, torch.Generator().manual_seed(seed)).numpy().astype(np.float32)
+
+
+# -- acceptance ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", ["vp-linear", "vp-cosine"])
+def test_kl_of_whitened_gaussian_is_zero_under_vp(process):
+    table = kl(exact_dataset(gaussian(64)), process)
+    assert len(table) == 999
+    assert (table.kl < 1e-25).all()
+    assert (table.kl_reverse < 1e-25).all()
+
+
+def test_gaussian_closed_form_agrees_with_sixty_digits():
+    lam, mean = np.geomspace(1e-3, 4, 6), np.linspace(-0.5, 1, 6)
+    mpmath.mp.dps = 60
+    for name in PROCESSES:
+        pairs = make_pairs(get_process(name), THIRTEEN)
+        ours = gaussian_kl(pairs, lam, mean)
+        for i in range(len(pairs)):
+            a1, s1, a2, s2 = (mpmath.mpf(float(v)) for v in (*pairs.first[i], *pairs.second[i]))
+            exact = mpmath.mpf(0)
+            for variance, centre in zip(lam, mean, strict=True):
+                v1, v2 = a1**2 * mpmath.mpf(variance) + s1**2, a2**2 * mpmath.mpf(variance) + s2**2
+                d = (v1 - v2) / v2
+                exact += (d - mpmath.log1p(d)) / 2 + ((a1 - a2) * mpmath.mpf(centre)) ** 2 / v2 / 2
+            assert abs(ours[i] / float(exact) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_monte_carlo_agrees_with_quadrature_in_one_dimension(process):
+    weights, means, variances = np.array([0.3, 0.5, 0.2]), np.array([-1.0, 0.3, 1.2]), np.array([0.02, 0.1, 0.05])
+    law = GaussianMixture(weights, means[:, None], variances[:, None, None])
+    pairs = make_pairs(get_process(process), THIRTEEN)
+    exact = []
+    for (a1, s1), (a2, s2) in zip(pairs.first, pairs.second, strict=True):
+        x = np.linspace(-4 * a1 - 10 * s1, 4 * a1 + 10 * s1, 200_001)
+
+        def log_p(a, s, x=x):
+            v = a**2 * variances + s**2
+            return logsumexp(np.log(weights) - 0.5 * ((x[:, None] - a * means) ** 2 / v + np.log(2 * np.pi * v)), 1)
+
+        first = log_p(a1, s1)
+        ratio = first - log_p(a2, s2)
+        small = np.abs(ratio) < 1e-4
+        terms = np.where(small, ratio**2 * (0.5 - ratio / 6), ratio + np.expm1(-np.clip(ratio, -600, None)))
+        exact.append((np.exp(first) * terms).sum() * (x[1] - x[0]))
+    # One stream for all pairs and processes; the acceptance limits are those of 1e5 draws.
+    x0, eps = law_draws(law, 100_000, 3)
+    ours, error, _, _ = kl_of_law(law, pairs, x0, eps, SILENT)
+    assert np.abs(ours / exact - 1).max() < 0.04
+    assert (np.abs(ours - exact) < 5 * error).all()
+    assert spearmanr(ours, exact).statistic == pytest.approx(1)
+
+
+def test_relative_error_of_the_nonnegative_form_does_not_depend_on_how_small_the_kl_is():
+    pairs = make_pairs(get_process("vp-linear"), THIRTEEN)
+    law = mixture_16d()
+    x0, eps = law_draws(law, 20_000, 0)
+    value, error, _, _ = kl_of_law(law, pairs, x0, eps, SILENT)
+    assert value.max() / value.min() > 1e5
+    assert (error / value).max() < 0.08
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_quadratic_formula_with_the_exact_score_agrees_with_the_log_ratio(process):
+    law = mixture_16d()
+    pairs = make_pairs(get_process(process), [t for t in SIXTEEN if t >= 8])
+    x0, eps = law_draws(law, 20_000, 1)
+    value = kl_of_law(law, pairs, x0, eps, SILENT)[0]
+    flow, dilation = MixtureKernel(law, x0, eps).time_score(pairs.tau)
+    for i in range(len(pairs)):
+        f = time_score(flow[i], dilation[i], pairs.dtau[i], pairs.dlog_alpha[i])
+        assert abs(quadratic_kl(f) / value[i] - 1) < 0.08
+
+
+def test_point_mass_has_a_kl_of_0_1214_nat_per_dimension_in_the_first_pair():
+    assert kl(exact_dataset(point_mass(1)), "vp-linear", pairs=[2]).kl[0] == pytest.approx(0.1214, abs=5e-5)
+    assert kl(exact_dataset(point_mass(7)), "vp-linear", pairs=[2]).kl[0] == pytest.approx(7 * 0.1214, abs=4e-4)
+
+
+def test_point_mass_attains_the_upper_bound_although_its_elbo_term_is_zero():
+    law = point_mass(5, 0.7)
+    table = kl(exact_dataset(law), "vp-linear")
+    np.testing.assert_allclose(table.kl, table.upper_bound, rtol=1e-9)
+    mmse = float(law.posterior_trace(torch.randn(10, 5, dtype=torch.float64), 0.9, 0.4).max())
+    assert mmse == 0
+
+
+def test_mixture_fit_of_a_multimodal_law_is_accurate_at_every_pair():
+    law = mixture_16d(modes=3, seed=7)
+    table = kl(split_samples("modes", samples_of(law, 2500)), "vp-linear", estimator="mixture", pairs=SIXTEEN)
+    truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN, samples=40_000)
+    assert np.abs(table.kl / truth.kl - 1).max() < 0.2
+    assert spearmanr(table.kl, truth.kl).statistic > 0.99
+
+
+def test_nearest_neighbours_are_off_by_ten_on_most_pairs_and_are_not_offered():
+    law = mixture_16d()
+    pairs = make_pairs(get_process("vp-linear"), SIXTEEN)
+    x0, eps = law_draws(law, 2000, 0)
+    other, noise = law_draws(law, 2000, 1)
+    truth = kl_of_law(law, pairs, *law_draws(law, 20_000, 2), SILENT)[0]
+    wrong = 0
+    for i, ((a1, s1), (a2, s2)) in enumerate(zip(pairs.first, pairs.second, strict=True)):
+        p, q = a1 * x0 + s1 * eps, a2 * other + s2 * noise
+        to_p, to_q = torch.cdist(p, p).kthvalue(6, 1).values, torch.cdist(p, q).kthvalue(5, 1).values
+        estimate = float(16 * (to_q / to_p).log().mean() + np.log(2000 / 1999))
+        wrong += not 0.1 < estimate / truth[i] < 10
+    assert wrong > len(pairs) / 2
+    with pytest.raises(InputError, match="unknown estimator 'knn'"):
+        kl(exact_dataset(law), "vp-linear", estimator="knn", pairs=[2])
+
+
+def test_empirical_mixture_is_accurate_where_it_calls_itself_valid():
+    law = mixture_16d()
+    table = kl(split_samples("modes", samples_of(law, 2000)), "vp-linear", estimator="empirical", pairs=SIXTEEN[6:])
+    truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN[6:], samples=40_000)
+    valid = table.valid.to_numpy()
+    assert valid.any()
+    assert not valid.all()
+    assert np.abs(table.kl / truth.kl - 1)[valid].max() < 0.15
+
+
+def test_coarse_intervals_by_integrating_the_exact_time_score():
+    law = mixture_16d()
+    pairs = make_pairs(get_process("vp-linear"), tasks=20)
+    x0, eps = law_draws(law, 4000, 0)
+    for first, second in zip(pairs.first, pairs.second, strict=True):
+        first, second = tuple(map(float, first)), tuple(map(float, second))
+        x = first[0] * x0 + first[1] * eps
+        exact = float(kl_from_log_ratio(law.log_ratio(x, first, second)[None])[0])
+        ours = float(kl_from_log_ratio(coarse_log_ratio(law.time_score_parts, x, first, second)[None])[0])
+        assert abs(ours / exact - 1) < 0.06
+
+
+def test_cross_estimate_is_right_with_an_overfitted_mixture():
+    rng = np.random.default_rng(0)
+    axes = [ortho_group.rvs(64, random_state=k) for k in range(3)]
+    covariances = np.stack([(a * np.exp(rng.uniform(-1.6, 0, 64))) @ a.T for a in axes])
+    law = GaussianMixture([1, 1, 1], 0.8 * rng.standard_normal((3, 64)), covariances)
+    fit = fit_mixture(
+        samples_of(law, 900).astype(np.float64), np.ones(900), MixtureOptions(6, 20.0), 1e-4, seed=0, iterations=30
+    )
+    pairs = make_pairs(get_process("vp-linear"), [t for t in SIXTEEN if t >= 8])
+    truth = kl_of_law(law, pairs, *law_draws(law, 10_000, 5), SILENT)[0]
+    clean, _ = law_draws(law, 1000, 9)
+    noise = torch.randn(1000, 1, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    eps = torch.cat([noise, -noise], 1)
+    x0 = clean[:, None, None].expand_as(eps).flatten(0, 2)
+    flow, dilation = MixtureKernel(fit, x0, eps.flatten(0, 2)).time_score(pairs.tau)
+    for i in range(len(pairs)):
+        f, g = (
+            time_score(a, b, pairs.dtau[i], pairs.dlog_alpha[i]).reshape(1000, 2, 3)
+            for a, b in ((flow[i], dilation[i]), conditional_scores(x0, eps.flatten(0, 2), np.exp(pairs.tau[i])))
+        )
+        found = cross_estimate(f, g)
+        assert abs(found.cross / truth[i] - 1) - 3 * found.cross_se / truth[i] < 0.25
+        assert found.bound < truth[i] * 1.1
+
+
+# -- properties ------------------------------------------------------------------------------------------------------
+
+
+def test_fisher_rao_length_does_not_depend_on_the_number_of_steps():
+    lengths = [kl(exact_dataset(gaussian(8, 0.25)), f"edm:T={T}").fisher_rao.sum() for T in (500, 1000, 2000)]
+    assert np.ptp(lengths) / lengths[0] < 0.005
+
+
+def test_halving_the_step_quarters_each_kl():
+    coarse = kl(exact_dataset(gaussian(8, 0.25)), "ve:T=501")
+    fine = kl(exact_dataset(gaussian(8, 0.25)), "ve:T=1001")
+    assert np.interp(0, coarse.log_snr[::-1], coarse.kl[::-1]) == pytest.approx(
+        4 * np.interp(0, fine.log_snr[::-1], fine.kl[::-1]), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("law", [gaussian(4, 0.3, 0.5), mixture_16d(), Ring(5)], ids=["gaussian", "mixture", "ring"])
+def test_kl_lies_between_zero_and_the_upper_bound(law):
+    for process in PROCESSES:
+        table = kl(exact_dataset(law), process, pairs=SIXTEEN)
+        assert (table.kl >= 0).all()
+        assert (table.kl <= table.upper_bound * 1.1).all()
+
+
+def test_kernel_gives_the_log_ratios_of_the_law():
+    law = mixture_16d()
+    pairs = make_pairs(get_process("vp-cosine"), [2, 300, 990])
+    x0, eps = law_draws(law, 200, 0)
+    found = MixtureKernel(law, x0, eps).log_ratio(pairs.first, pairs.second)
+    for row, (a, s), second in zip(found, pairs.first, pairs.second, strict=True):
+        expected = law.log_ratio(a * x0 + s * eps, (a, s), tuple(second))
+        torch.testing.assert_close(row, expected, rtol=1e-8, atol=1e-14)
+
+
+def test_shuffled_rows_give_the_same_table():
+    rows = samples_of(mixture_16d(), 600)
+    shuffled = rows[np.random.default_rng(1).permutation(len(rows))]
+    one, two = (kl(split_samples("rows", r), "vp-linear", pairs=[40, 300]) for r in (rows, shuffled))
+    np.testing.assert_array_equal(one.kl, two.kl)
+
+
+def test_rotated_data_give_the_same_kl_up_to_monte_carlo_error():
+    rows = samples_of(mixture_16d(), 1500)
+    turned = (rows @ ortho_group.rvs(16, random_state=1)).astype(np.float32)
+    one, two = (kl(split_samples("rows", r), "vp-linear", pairs=[20, 100, 400]) for r in (rows, turned))
+    np.testing.assert_allclose(one.kl, two.kl, rtol=0.08)
+
+
+def test_kl_of_a_denoiser_that_knows_the_posterior_is_right_and_calibrated():
+    law, process = mixture_16d(), get_process("vp-linear")
+
+    def eps_model(x, t):
+        alpha, sigma = (float(v[0]) for v in process.alpha_sigma(t[:1].numpy()))
+        return law.posterior_eps(x, alpha, sigma)
+
+    heldout = torch.from_numpy(samples_of(law, 400, seed=4))
+    table = kl_of_denoiser(eps_model, heldout, process, [40, 300])
+    truth = kl(exact_dataset(law), "vp-linear", pairs=[40, 300], samples=40_000)
+    assert table.valid.all()
+    np.testing.assert_allclose(table.estimate, truth.kl, rtol=0.15)
+    np.testing.assert_allclose(table.slope, 1, atol=0.2)
+
+
+# -- what is not known is said -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cube", "sphere", "white", "heavy"])
+def test_pairs_that_a_sample_cannot_resolve_are_not_valid(kind):
+    rng = np.random.default_rng(5)
+    rows = {
+        "cube": rng.uniform(-1, 1, (2000, 24)),
+        "sphere": (lambda z: 2 * z / np.linalg.norm(z, axis=1, keepdims=True))(rng.standard_normal((2000, 8))),
+        "white": rng.standard_normal((2000, 20)),
+        "heavy": rng.standard_t(2, (2000, 3)),
+    }[kind]
+    table = kl(split_samples(kind, rows.astype(np.float32)), "vp-linear", pairs=[3, 8] if kind != "white" else [3, 300])
+    assert not table.valid.any()
+    assert (table.reason != "").all()
+
+
+def test_pairs_marked_valid_are_within_thirty_percent_of_the_truth():
+    law = gaussian(6, 0.4, 0.3)
+    covered = total = 0
+    for seed in range(4):
+        table = kl(split_samples("gauss", samples_of(law, 2000, seed)), "vp-linear", pairs=SIXTEEN)
+        truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN).kl
+        valid = table.valid.to_numpy()
+        assert valid[7:15].mean() >= 0.8
+        assert np.abs(table.kl / truth - 1)[valid].max() < 0.3
+        covered += ((table.ci_low <= truth) & (truth <= table.ci_high))[valid].sum()
+        total += valid.sum()
+    assert covered / total >= 0.8
+
+
+def test_pair_zero_one_is_excluded_with_a_reason():
+    table = kl(exact_dataset(gaussian(2)), "vp-linear", pairs=[1, 2])
+    assert table.valid.tolist() == [False, True]
+    assert "excluded" in table.reason[0]
+    assert np.isnan(table.kl[0])
+
+
+def test_tables_have_the_documented_columns():
+    table = kl(exact_dataset(gaussian(2)), "flow-matching")
+    assert tuple(table.columns) == COLUMNS
+    assert (table.t == np.arange(2, 1001)).all()
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "exact"])
+def test_every_estimator_works_on_samples(estimator):
+    table = kl(split_samples("rows", samples_of(gaussian(3, 0.5), 500)), "ve", estimator=estimator, pairs=[300, 700])
+    assert np.isfinite(table.kl).all()
+
+
+AWKWARD = {
+    "constant": lambda z: np.full((50, 3), 2.0),
+    "constant column": lambda z: np.concatenate([z, np.ones((len(z), 1))], 1),
+    "duplicated column": lambda z: np.concatenate([z, z[:, :1]], 1),
+    "duplicated rows": lambda z: np.concatenate([z, z]),
+    "fewer rows than columns": lambda z: np.random.default_rng(0).standard_normal((40, 90)),
+    "few rows": lambda z: z[:20],
+    "float16": lambda z: z.astype(np.float16),
+    "uint8": lambda z: (40 * z + 128).clip(0, 255).astype(np.uint8),
+    "3072 dimensions": lambda z: np.random.default_rng(0).standard_normal((60, 3072)),
+    "one column": lambda z: z[:, :1],
+    "two values": lambda z: np.sign(z[:, :1]),
+}
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_awkward_data_give_a_result_or_a_reason(kind):
+    z = np.random.default_rng(1).standard_normal((300, 3)) * [1, 0.5, 0.2]
+    table = kl(split_samples(kind, AWKWARD[kind](z)), "vp-linear", pairs=[10, 100, 500, 900])
+    assert (np.isfinite(table.kl) & (table.kl >= 0)).all()
+    assert ((table.reason == "") == table.valid).all()
+
+
+def test_constant_data_are_a_point_mass():
+    table = kl(split_samples("constant", np.full((50, 3), 2.0)), "vp-linear", pairs=[2, 500])
+    np.testing.assert_allclose(table.kl, table.upper_bound, rtol=1e-6)
+    assert table.valid.all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": [1001]}, "2..1000"),
+        ({"pairs": [0]}, "2..1000"),
+        ({"pairs": []}, "whole timesteps"),
+        ({"pairs": [2.5]}, "whole timesteps"),
+        ({"tasks": 0}, "1..999"),
+        ({"tasks": 5, "pairs": [2]}, "not both"),
+        ({"estimator": "magic"}, "unknown estimator"),
+        ({"samples": 3}, "samples"),
+        ({"bootstrap": 1}, "bootstrap"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_sentence(arguments, message):
+    with pytest.raises(InputError, match=message):
+        kl(exact_dataset(gaussian(2)), "vp-linear", **arguments)
+
+
+def test_exact_needs_a_known_law():
+    with pytest.raises(InputError, match="is not known"):
+        kl(split_samples("rows", samples_of(gaussian(3), 100)), "vp-linear", estimator="exact")
+
+
+def test_upper_bound_needs_only_the_second_moment():
+    pairs = make_pairs(get_process("vp-linear"), [2, 500])
+    np.testing.assert_allclose(upper_bound(pairs, 3, 0.0), gaussian_kl(pairs, np.zeros(3), np.zeros(3)))
