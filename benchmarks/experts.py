@@ -108,13 +108,13 @@ def main():
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    print(f"{'network':16} {'threads':>7} {'contender':12} {'ms/expert-iteration':>20} {'times faster than the loop':>27}")
+    print(f"{'network':16} {'threads':>7} {'contender':12} {'ms/expert-iteration':>20} {'times the loop speed':>21}")
     for label, (data, network) in CASES.items():
         for threads in arguments.threads:
             times = measure(data, network, threads, arguments.repeats, arguments.iterations)
             for name, values in times.items():
                 ratio = statistics.median(a / b for a, b in zip(times["plain loop"], values, strict=True))
-                print(f"{label:16} {threads:7} {name:12} {1e3 * statistics.median(values):20.3f} {ratio:27.2f}")
+                print(f"{label:16} {threads:7} {name:12} {1e3 * statistics.median(values):20.3f} {ratio:21.2f}")
 
 
 if __name__ == "__main__":

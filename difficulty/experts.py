@@ -13,23 +13,10 @@ Experts start cold, from the same random weights per seed; or warm, with weights
 next noisier task (``neighbour``, noisiest first). How they are run together is the business of `engines.py`.
 """
 
-__all__ = [
-    "STARTS",
-    "ExpertCurves",
-    "ExpertPlan",
-    "HeldOutDraws",
-    "build_expert",
-    "floor_losses",
-    "heldout_draws",
-    "log_spaced_iterations",
-    "posterior_eps_at",
-    "train_experts",
-    "wiener",
-]
+__all__ = ["STARTS", "ExpertCurves", "ExpertPlan", "build_expert", "log_spaced_iterations", "train_experts"]
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,7 +32,7 @@ from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
 from difficulty.engines import ENGINES, Bank, choose_engine
 from difficulty.errors import InputError, choose
-from difficulty.laws import GaussianMixture, Law
+from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, zero_losses
 from difficulty.networks import build_network
 from difficulty.prediction import from_x0_eps, to_eps
 from difficulty.process import Process
@@ -55,8 +42,8 @@ from difficulty.tasks import Task
 
 Progress = Callable[[int, int], None]  # called with (iterations done, iterations in all)
 
-# First counters of the random streams: held-out draws must not depend on the training seed.
-TRAIN_STREAM, HELDOUT_STREAM, WARM_STREAM = 1, 2, 3
+# First counters of the random streams; held-out draws begin with another (`heldout.py`).
+TRAIN_STREAM, WARM_STREAM = 1, 3
 STARTS = ("cold", "shared", "neighbour")
 LEAST_BUDGET = 20
 CHECKPOINTS = 24
@@ -133,32 +120,6 @@ def log_spaced_iterations(last: int, count: int = CHECKPOINTS) -> list[int]:
     """At most ``count`` different whole numbers from about last/100 to last, evenly spaced on the log scale."""
     first = max(1, last // 100)
     return sorted({round(value) for value in np.geomspace(first, last, count)})
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOutDraws:
-    """The fixed draws of every task: x0 and eps (K, M, *), t (K, M)."""
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-
-
-def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOutDraws:
-    """Fixed draws per task: held-out samples in turn, fresh noise, t stratified over the task.
-
-    The same for every network, prediction and training seed, on every machine.
-    """
-    clean, noise, times = [], [], []
-    for task in tasks:
-        rng = stream(HELDOUT_STREAM, task.first, task.last)
-        rounds = math.ceil(count / len(dataset.heldout))
-        rows = np.concatenate([rng.permutation(len(dataset.heldout)) for _ in range(rounds)])[:count]
-        strata = (rng.permutation(count) + 0.5) / count
-        clean.append(dataset.heldout[torch.from_numpy(rows)])
-        noise.append(normal((count, *dataset.shape), HELDOUT_STREAM, task.first, task.last, 1))
-        times.append(torch.from_numpy(task.first + np.floor(strata * task.length).astype(np.int64)))
-    return HeldOutDraws(torch.stack(clean), torch.stack(noise), torch.stack(times))
 
 
 def train_experts(
@@ -246,7 +207,7 @@ def _train(
         if progress is not None:
             progress(step + 1, iterations[-1])
     stacked = np.stack(excess, axis=2) if posterior is not None else None
-    zero = _zero_losses(bank.template, draws)
+    zero = zero_losses(bank.template, draws)
     return ExpertCurves(iterations, np.stack(losses, axis=2), stacked, floor, zero, posterior is not None), bank
 
 
@@ -366,52 +327,6 @@ def _append(
     losses.append(torch.cat(parts, -1).numpy())
     if parts_excess:
         excess.append(torch.cat(parts_excess, -1).numpy())
-
-
-def _zero_losses(template: Denoiser, draws: HeldOutDraws) -> npt.NDArray[np.float32]:
-    """Losses (K, M) of the network that outputs zero: what an expert knows before it learns anything."""
-    device = template.alpha.device
-    silent = Denoiser(_Zero(), template.process, template.prediction, template.data_std).to(device)
-    with torch.no_grad():
-        rows = [
-            silent.eps_losses(x0.to(device), eps.to(device), t.to(device))
-            for x0, eps, t in zip(draws.x0, draws.eps, draws.t, strict=True)
-        ]
-    return torch.stack(rows).cpu().numpy()
-
-
-class _Zero(torch.nn.Module):
-    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def floor_losses(
-    dataset: Dataset, process: Process, draws: HeldOutDraws
-) -> tuple[npt.NDArray[np.float64], Tensor | None]:
-    """Losses (K, M) of the best denoiser known beforehand, and E[eps | x_t] (K, M, *) where the law is exact."""
-    law = dataset.law or wiener(dataset)
-    estimate = posterior_eps_at(law, process, draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
-    losses = (estimate - draws.eps.flatten(0, 1).double()).square().flatten(1).sum(1).reshape(draws.t.shape)
-    posterior = estimate.float().reshape(draws.x0.shape) if dataset.law else None
-    return losses.numpy(), posterior
-
-
-def wiener(dataset: Dataset) -> GaussianMixture:
-    """The Gaussian of the train samples' mean and covariance; its posterior mean is the best linear denoiser."""
-    flat = dataset.train.flatten(1).double().numpy()
-    covariance = np.atleast_2d(np.cov(flat, rowvar=False))
-    return GaussianMixture([1.0], flat.mean(0, keepdims=True), covariance[None])
-
-
-def posterior_eps_at(law: Law, process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """E[eps | x_t] in float64 at draws x0, eps (n, *) and integer t (n,)."""
-    estimate = torch.empty(x0.shape, dtype=torch.float64)
-    for step in t.unique().tolist():
-        rows = t == step
-        alpha, sigma = float(process.alpha[step]), float(process.sigma[step])
-        x_t = (alpha * x0[rows].double() + sigma * eps[rows].double()).flatten(1)
-        estimate[rows] = law.posterior_eps(x_t, alpha, sigma).reshape(x0[rows].shape)
-    return estimate
 
 
 @dataclass(eq=False)

@@ -1,6 +1,6 @@
 """How well one trained network does each denoising task: an existing checkpoint judged on fixed draws.
 
-The draws (x0, eps, t) are those of `experts.py`: the same for every model, prediction and machine, stratified over t
+The draws (x0, eps, t) are those of `heldout.py`: the same for every model, prediction and machine, stratified over t
 within each task. probe.csv has one row per task:
 
     heldout_loss  E |eps - eps_hat|^2 summed over dimensions, with its standard error
@@ -25,7 +25,7 @@ import torch
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
-from difficulty.experts import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
+from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
