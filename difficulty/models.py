@@ -5,7 +5,7 @@ nothing is unpickled. A conditional network is asked without its condition: clas
 text networks zeros as embeddings.
 """
 
-__all__ = ["TrainedModel", "load_denoiser", "load_model", "save_denoiser"]
+__all__ = ["DENOISER_FILE", "TrainedModel", "load_denoiser", "load_model", "save_denoiser"]
 
 import functools
 import inspect

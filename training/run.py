@@ -6,6 +6,7 @@ losses.csv        step, samples, stage, task, nats_per_log_snr, loss: held-out, 
 curve.csv         step, samples, stage, train_loss, lr, nats, loss
 stages.csv        stage, start, end, reason, samples_per_task
 samples/          grids over training
+denoiser.safetensors  the averaged weights at the end, for `difficulty probe`; not of a class-conditional network
 checkpoints/      see `checkpoint.py`; the tables up to the step are part of the checkpoint
 """
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
+from difficulty.models import DENOISER_FILE, save_denoiser
 from difficulty.networks import build_network
 from difficulty.process import Process
 from difficulty.ranking import RankingTask
@@ -140,6 +142,8 @@ def train(
     if rank > 0:
         return trainer
     _write_tables(trainer, out, log, tasks)
+    if not isinstance(trainer.ema.network, LabelledNetwork):
+        save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
     finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))
     return trainer
 

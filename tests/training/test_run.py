@@ -191,3 +191,14 @@ def test_restored_denoiser_holds_the_averaged_weights(gaussian, process, tmp_pat
 def test_folder_without_a_checkpoint_cannot_be_restored(tmp_path):
     with pytest.raises(InputError, match=r"no run\.json"):
         restore(tmp_path)
+
+
+def test_a_finished_run_is_probed_from_its_folder(gaussian, process, tmp_path):
+    from difficulty.probe import probe
+
+    trainer = train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    found = probe(tmp_path / "run", gaussian, out=tmp_path / "probe", tasks=4, draws=32)
+    assert (found.table["heldout_loss"] > 0).all()
+    trained, _ = restore(tmp_path / "run")
+    x, t = torch.randn(3, *gaussian.shape), torch.tensor([1, 5, process.T])
+    assert torch.equal(trained.eps(x, t), trainer.ema.eps(x, t))
