@@ -13,7 +13,10 @@ __all__ = ["compare", "run_arm"]
 
 import hashlib
 import json
+import os
 import pickle
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +24,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ from training.heldout import HeldOut
 from training.metrics import SampleJudge, check_metrics
 from training.sampling import draw_samples
 from training.timesteps import stage_rows
-from training.trainer import Trainer, TrainPlan
+from training.trainer import Diverged, Trainer, TrainPlan
 
 # Added to the seeds of A/A arms: far from any seed that a user would give.
 FRESH = 1_000_003
@@ -184,7 +188,10 @@ def run_arm(setting: Setting, job: Job) -> dict[str, Any]:
     at = {max(1, round(plan.steps * (i + 1) / EVALUATIONS)) for i in range(EVALUATIONS)}
     curve = []
     while trainer.done < plan.steps:
-        trainer.step()
+        try:
+            trainer.step()
+        except Diverged as error:
+            raise InputError(f"arm {job.arm!r} with seed {job.seed}: {error}; finished runs are kept") from None
         trainer.report_heldout(heldout)
         if trainer.done in at:
             measured = heldout.evaluate(trainer.ema)
@@ -320,9 +327,20 @@ _setting: Setting | None = None  # of this worker process, set once when it star
 
 def _begin_worker(setting: bytes) -> None:
     global _setting
+    # Ctrl-C reaches the workers too; they end without a word and leave the sentence to the parent.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     threadpool_limits(1)
     _setting = pickle.loads(setting)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its workers, which would wait for it forever."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(job: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from difficulty.errors import InputError
 from difficulty.process import get_process
@@ -10,6 +11,7 @@ from training.arms import ARMS, ArmSpec, choose_arms
 from training.compare import FRESH, compare
 from training.plots import draw_folder
 from training.report import percent, write_report
+from training.trainer import Trainer
 
 SMALL = {"steps": 30, "batch": 8, "network": "mlp:width=8,depth=2", "samples": 64, "seeds": [0, 1]}
 
@@ -153,6 +155,21 @@ def test_report_of_an_unfinished_comparison_is_refused(gaussian, process, tmp_pa
         compare(gaussian, process, ["vanilla", "p2"], out=tmp_path, progress=stop, **SMALL)
     with pytest.raises(InputError, match="incomplete"):
         write_report(tmp_path)
+
+
+def test_arm_that_diverges_is_named_and_finished_runs_are_kept(gaussian, process, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def poisoned(trainer):
+        if trainer.plan.weight == "p2" and trainer.done == 5:
+            trainer.samples = torch.full_like(trainer.samples, float("nan"))
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(InputError, match=r"arm 'p2' with seed 0: the loss became nan at step 5.* runs are kept"):
+        compare(gaussian, process, ["vanilla", "p2"], out=tmp_path, **SMALL)
+    assert (tmp_path / "runs" / "vanilla-seed0.json").exists()
+    assert not (tmp_path / "effects.csv").exists()
 
 
 def test_comparison_refuses_what_it_cannot_do(gaussian, process, curriculum, tmp_path):

@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from difficulty.ranking import RankingTask
+from training.arms import ARMS
+from training.cli import SUBCOMMANDS
 from training.curriculum import Curriculum, DensityField, PacingField
 from training.pacing import PACINGS, make_pacing
 
@@ -37,3 +40,21 @@ def test_documented_reader_finds_the_timesteps_of_every_stage_with_json_alone(cu
     for stage, tasks in enumerate(curriculum.stages()):
         expected = [t for i in tasks for t in range(curriculum.tasks[i].t_first, curriculum.tasks[i].t_last + 1)]
         assert sorted(names["timesteps"](stage)) == expected
+
+
+TRAINING = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+COMMANDS = re.findall(r"^training .*$", TRAINING, re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_command_has_only_options_that_exist(command):
+    _, name, *words = command.split()
+    parameters = inspect.signature(SUBCOMMANDS[name]).parameters
+    for option in (word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")):
+        assert option in parameters
+
+
+def test_documented_arms_are_those_that_exist():
+    table = TRAINING[TRAINING.index("| arm |") : TRAINING.index("`effects.csv`")]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(.*?)`", row)]
+    assert set(named) == set(ARMS)
