@@ -66,7 +66,8 @@ def cluster(
         accumulate: Whether clusters stay in training once they joined.
         pacing: Rule that ends a stage: fraction, patience, patience-smoothed, patience-kept or held-out.
         pacing_options: Options of the rule as name=value, such as share=0.2 or tau=200.
-        density: Base density of t, such as uniform, log-snr or log-normal:mean=-1.2,std=1.2.
+        density: Base density of t: uniform, log-snr, log-normal:mean=-1.2,std=1.2, logit-normal, cosine-map, or
+            measured:power=1,uniform_share=0.5, partly proportional to the measure.
         json: Print the curriculum as JSON.
     """
     ranking = Ranking.load(folder)

@@ -35,14 +35,16 @@ from difficulty.errors import InputError, choose
 from difficulty.process import PROCESSES, Array, Process, get_process
 from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import read_json, write_json
+from difficulty.specs import parse_spec
 from difficulty.tasks import Task
 from training.clusters import INTERVAL_METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
-from training.density import density, from_task_masses, task_masses
+from training.density import density, from_task_masses, proportional_to, task_masses
 from training.pacing import check_pacing
 
 CURRICULUM_FORMAT: Literal["denoising-difficulty/curriculum/1"] = "denoising-difficulty/curriculum/1"
 # Measures in the order in which one is chosen if none is named: what survived the comparison of definitions first.
 PREFERRED_MEASURES = ("excess_nats", "log_regret", "relative_entropy", "paper_style")
+MEASURED = "measured"  # the pseudo-density that a measure decides
 NOISE = "noise-level"  # the pseudo-measure under which noisier is easier, as the paper assumes
 
 
@@ -262,7 +264,8 @@ def make_curriculum(
         seed: of the random order.
         accumulate: whether clusters stay in training once they joined.
         pacing, pacing_options: a rule in ``training.pacing.PACINGS`` and its options.
-        base_density: a density by name, or ``table`` together with ``task_mass``.
+        base_density: a density by name, ``table`` together with ``task_mass``, or ``measured`` with the options of
+            ``density.proportional_to``: proportional to the measure, written into the file as a table.
         process: needed only where the ranking's process is none of the project's own.
 
     Raises:
@@ -285,9 +288,20 @@ def make_curriculum(
         "seed": seed if order == "random" else None,
     }
     groups = order_clusters(groups, order, seed)
+    if base_density.partition(":")[0] == MEASURED:
+        provenance["density"] = base_density
+        base_density, task_mass = "table", _measured_mass(values, tasks, base_density)
     return _assemble(
         process, tasks, groups, values, accumulate, pacing, pacing_options, base_density, task_mass, provenance
     )
+
+
+def _measured_mass(values: list[float | None], tasks: list[RankingTask], spec: str) -> list[float]:
+    options = parse_spec(spec)[1]
+    try:
+        return proportional_to(values, tasks, **options)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"density {MEASURED!r} has the options power and uniform_share, got {spec!r}") from None
 
 
 def interval_curriculum(

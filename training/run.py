@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -142,6 +143,10 @@ def train(
     if rank > 0:
         return trainer
     _write_tables(trainer, out, log, tasks)
+    seen = np.sum([record.samples_per_t for record in trainer.sampler.log()], axis=0)
+    for task in tasks:
+        if not seen[task.t_first : task.t_last + 1].any():
+            tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; train longer")
     if not isinstance(trainer.ema.network, LabelledNetwork):
         save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
     finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))

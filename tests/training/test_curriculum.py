@@ -161,3 +161,14 @@ def test_edited_masses_of_a_named_density_are_refused(curriculum, process):
     edited = Curriculum.model_validate(_changed(curriculum, _set("density", "task_mass", masses)))
     with pytest.raises(InputError, match="table"):
         edited.validate_for(process)
+
+
+def test_measured_density_draws_hard_tasks_more_often_and_is_a_table_for_other_readers(ranking, process):
+    measured = make_curriculum(ranking, k=3, base_density="measured:power=1,uniform_share=0.5")
+    assert measured.density.name == "table"
+    mass, value = np.array(measured.density.task_mass), np.array(ranking.measures["excess_nats"].value)
+    assert np.allclose(mass, 0.5 / 8 + 0.5 * value / value.sum())
+    assert np.allclose(task_masses(measured.base_density(process), measured.tasks), mass)
+    assert measured.provenance["density"] == "measured:power=1,uniform_share=0.5"
+    with pytest.raises(InputError, match="power and uniform_share"):
+        make_curriculum(ranking, k=3, base_density="measured:exponent=1")

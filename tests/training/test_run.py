@@ -202,3 +202,13 @@ def test_a_finished_run_is_probed_from_its_folder(gaussian, process, tmp_path):
     trained, _ = restore(tmp_path / "run")
     x, t = torch.randn(3, *gaussian.shape), torch.tensor([1, 5, process.T])
     assert torch.equal(trained.eps(x, t), trainer.ema.eps(x, t))
+
+
+def test_task_that_was_never_trained_is_said(gaussian, process, staged, tmp_path):
+    told = []
+    plan = TrainPlan(**(vars(PLAN) | {"steps": 2}))  # patience keeps the first cluster longer than that
+    train(gaussian, process, plan, tmp_path / "short", staged, cadence=CADENCE, tell=told.append)
+    assert sum("was never trained" in sentence for sentence in told) == 5
+    told.clear()
+    train(gaussian, process, PLAN, tmp_path / "long", staged, cadence=CADENCE, tell=told.append)
+    assert not told
