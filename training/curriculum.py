@@ -186,10 +186,6 @@ class Curriculum(_Record):
         content = self.model_dump() | {"clusters": [cluster.model_dump() for cluster in clusters]} | changes
         return Curriculum.model_validate(content)
 
-    def process_by_name(self) -> Process:
-        """The process that the fingerprint names, if it is one of the project's own; see ``known_process``."""
-        return known_process(self.process, "the curriculum")
-
 
 def schema() -> dict[str, Any]:
     """The JSON schema of curriculum.json, as shipped in ``curriculum.schema.json``.
