@@ -76,17 +76,19 @@ def main() -> None:
     parser.add_argument("--laws", nargs="+", default=list(JUDGING), choices=list(JUDGING))
     parser.add_argument("--processes", nargs="+", default=["vp-linear"])
     parser.add_argument("--estimators", nargs="+", default=["auto"])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--append", action="store_true", help="add to the pairs that are there")
     arguments = parser.parse_args()
     parts: list[pd.DataFrame] = []
+    earlier = [pd.read_csv(arguments.out / "pairs.csv")] if arguments.append else []
     for name in arguments.laws:
         for process in arguments.processes:
             for estimator in arguments.estimators:
-                for seed in range(arguments.seeds):
+                for seed in arguments.seeds:
                     parts.append(measure(name, process, estimator, seed))
                     row = summarise(parts[-1]).iloc[-1]
                     print(row.to_frame().T.to_string(index=False, header=len(parts) == 1), flush=True)
-    pairs = pd.concat(parts, ignore_index=True)
+    pairs = pd.concat([*earlier, *parts], ignore_index=True)
     write_table(arguments.out / "pairs.csv", pairs)
     write_table(arguments.out / "accuracy.csv", summarise(pairs))
     print(summarise(pairs).query("law == '(all)'").to_string(index=False))

@@ -63,7 +63,7 @@ class Profile:
         """
         path = path / "profile.csv" if path.is_dir() else path
         table = read_table(path, PROFILE_COLUMNS)
-        return cls(table.assign(reason=table["reason"].fillna(""), valid=table["valid"].astype(bool)))
+        return cls(table.assign(reason=table["reason"].astype(object).fillna(""), valid=table["valid"].astype(bool)))
 
     @property
     def tau(self) -> Array:
@@ -100,7 +100,7 @@ class Profile:
             spreads = np.stack([self._at(f"{name}_se", at, linear=True) for name in "ABC"])
             direct = (steps * spreads).sum(0)
         # 0/0 where a rate is exactly zero: no error.
-        se = np.minimum(np.sqrt((np.nan_to_num(errors) ** 2).sum(0)), direct)
+        se = np.minimum(np.sqrt((np.nan_to_num(errors).clip(-1e100, 1e100) ** 2).sum(0)), direct)
         known = np.interp(at, self.tau, self.table["valid"].to_numpy(dtype=float)) > 0.999
         reasons = [
             (~inside, "outside the log-SNR range of the profile"),

@@ -50,6 +50,7 @@ PLAUSIBLE = 0.3
 RICHER_WEIGHT = 0.25
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.02
+MANY_COMPONENTS = 8
 # Rows farthest out that are left out for a check, and the share of a fourth moment at which the check is made.
 FAR_SHARE = 0.0025
 FAR_DOMINATE = 0.3
@@ -296,15 +297,20 @@ class Judge:
         return bounds[lower.argmax(0), np.arange(lower.shape[1])]
 
     def _capacity(self, names: list[Candidate], best: Rows, replicated: dict[int, Replicated]) -> Array:
-        """Change of log KL from the next poorer fit where the richest one of a family is the best, (m,)."""
+        """Change of log KL from the next poorer fit where the richest of a family is the best, (m,).
+
+        Also where a one-dimensional law takes so many components that it is no mixture but a curve drawn with them.
+        """
         change = np.zeros(len(best))
         for i in set(best.tolist()):
             top = names[i]
             kind = [c for c in self.pool if (c.family, c.strength) == (top.family, top.strength)]
-            if top != kind[-1] or len(kind) < 2:
+            position = kind.index(top)
+            smooth = top.family == "product" and top.components >= MANY_COMPONENTS
+            if position == 0 or not (top == kind[-1] or smooth):
                 continue
             rows = np.flatnonzero(best == i)
-            change[rows] = np.abs(_log(self._whole(kind[-2], rows)) - _log(replicated[i].kl[rows]))
+            change[rows] = np.abs(_log(self._whole(kind[position - 1], rows)) - _log(replicated[i].kl[rows]))
         return change
 
     def _far_rows(self, names: list[Candidate], best: Rows, replicated: dict[int, Replicated]) -> Array:

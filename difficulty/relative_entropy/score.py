@@ -178,7 +178,7 @@ def _one_pair(
     x_t = alpha * clean + sigma * noise
     times = torch.full((len(x_t),), middle, dtype=torch.float64)
     eh, divergences = _divergences(eps_model, x_t, times, probes, seed, i)
-    flat = eh.flatten(1)
+    x_t, flat = x_t.detach(), eh.flatten(1)
     dilation = flat.shape[1] - (x_t / alpha).flatten(1).mul(flat).sum(1) / s
     # div_y = alpha div_x, so s div_y = sigma div_x.
     f = torch.stack([time_score(flat.square().sum(1) - sigma * d, dilation, dtau, dlog) for d in divergences])
