@@ -32,8 +32,8 @@ pd.set_option("display.width", 160)
 
 # %% [markdown]
 # ## The answer, law by law and process by process
-# Rank correlation of the KL per step with t, over the valid pairs. -1 means that the observation holds exactly; an empty
-# cell is a KL of zero at every t (whitened data under a variance-preserving process).
+# Rank correlation of the KL per step with t, over the valid pairs. -1 means that the observation holds exactly; an
+# empty cell is a KL of zero at every t (whitened data under a variance-preserving process).
 
 # %%
 order = atlas["law"].drop_duplicates()
@@ -61,8 +61,8 @@ display(Image(filename=str(results / "relative-entropy-atlas" / "figures" / "vp-
 
 # %% [markdown]
 # ## May the estimates be believed?
-# Laws that played no part in the making of the estimator, given as samples. Of the pairs it marks valid: relative error,
-# and the share of 90 % intervals that contain the truth.
+# Laws that played no part in the making of the estimator, given as samples. Of the pairs it marks valid: relative
+# error, and the share of 90 % intervals that contain the truth.
 
 # %%
 shown = ["law", "pairs", "valid", "valid_65_651", "median_error", "worst_error", "beyond_30_percent", "coverage"]

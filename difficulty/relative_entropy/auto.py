@@ -11,6 +11,8 @@ from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample, make_sample
 
 INFINITE = float("inf")
+# Multiplications of one step of expectation-maximisation that are still affordable: 0.1 s.
+LARGEST_FIT = 150_000_000
 
 
 def estimate_auto(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
@@ -39,9 +41,11 @@ def candidates(sample: Sample) -> list[Candidate]:
         return [Candidate("atoms")]
     n, d = sample.n, leading_axes(sample)
     found = [Candidate("gaussian")]
-    found += [Candidate("mixture", k, float(d + 1)) for k in (2, 3, 4, 5, 6, 8, 12, 16, 24, 32) if n / k >= max(30, d)]
+    most = LARGEST_FIT // (n * d**2)
+    kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+    found += [Candidate("mixture", k, float(d + 1)) for k in kinds if n / k >= max(30, d) and k <= max(most, 2)]
     if d > 1:
-        found += [Candidate("mixture", k, INFINITE) for k in (4, 8, 16, 32, 64) if n / k >= 20]
+        found += [Candidate("mixture", k, INFINITE) for k in (4, 8, 16, 32, 64) if n / k >= 20 and k <= max(most, 4)]
     found += [Candidate("scale", k) for k in (2, 4)]
     found += [Candidate("product", k) for k in (2, 4, 8, 16)]
     return found

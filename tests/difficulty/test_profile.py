@@ -1,6 +1,7 @@
 """The profile serves every process, and the advice that follows from it."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,7 @@ def test_experts_of_equal_burden_share_it_equally(grid_profile):
     process = get_process("edm")
     table = equal_burden(tau, rate, process, 4).table
     edges = np.log(table.sigma.to_numpy())
-    fine = [np.linspace(a, b, 2000) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    fine = [np.linspace(a, b, 2000) for a, b in pairwise(edges)]
     shares = np.array([np.trapezoid(np.interp(x, tau, rate), x) for x in fine])
     np.testing.assert_allclose(shares, shares.mean(), rtol=0.01)
     np.testing.assert_allclose(process.log_snr(table.t), table.log_snr, atol=1e-6)
