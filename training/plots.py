@@ -72,7 +72,7 @@ def forest(folder: Path) -> "Figure":
     seeds = int(table["seeds"].iloc[0])
     figure.suptitle(
         f"Against {_baseline(folder)}, {seeds} paired seeds, 95 % intervals: left of 0 is better\n"
-        "filled: significant after Holm; open: no difference shown; grey band: A/A",
+        "filled: significant after Holm; open: no difference shown" + ("; grey band: A/A" if _again(folder) else ""),
         fontsize=9,
     )
     return figure
@@ -208,7 +208,10 @@ def _log_snr_axis(ax: "Axes", log_snr: "np.ndarray", t: "np.ndarray") -> None:
     """Noise to the right: log-SNR falls; t on the opposite edge."""
     ax.set_xlabel("log-SNR (noise grows to the right)")
     ax.invert_xaxis()
-    chosen = np.unique(np.linspace(0, len(t) - 1, min(len(t), 8)).astype(int))
+    chosen: list[int] = []
+    for index in range(len(t)):  # labels nearer than this would overlap
+        if not chosen or abs(log_snr[index] - log_snr[chosen[-1]]) > 0.07 * np.ptp(log_snr):
+            chosen.append(index)
     top = ax.secondary_xaxis("top")
     top.set_xticks(log_snr[chosen], [str(int(value)) for value in t[chosen]])
     top.set_xlabel("t")

@@ -132,11 +132,15 @@ def _effects(effects: pd.DataFrame) -> Section:
     table["p"] = [f"{value:.3g}" for value in effects["p"]]
     table["p (Holm)"] = ["" if np.isnan(value) else f"{value:.3g}" for value in effects["p_holm"]]
     table["detectable"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["mde"]]
-    table["A/A half width"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["noise_floor"]]
+    if effects["noise_floor"].notna().any():
+        table["A/A half width"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["noise_floor"]]
     table["verdict"] = effects["verdict"]
     return Section(
         "Effects",
-        ["Negative is better. Intervals are 95 %, paired over seeds; detectable with probability 80 % at this spread."],
+        [
+            "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after Holm's "
+            "correction over the table. Detectable: found with probability 80 % at this spread."
+        ],
         table,
     )
 
