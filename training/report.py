@@ -138,8 +138,8 @@ def _effects(effects: pd.DataFrame) -> Section:
     return Section(
         "Effects",
         [
-            "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after Holm's "
-            "correction over the table. Detectable: found with probability 80 % at this spread."
+            "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after "
+            "Holm's correction over the table. Detectable: found with probability 80 % at this spread."
         ],
         table,
     )
