@@ -11,6 +11,8 @@ from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample, make_sample
 
 INFINITE = float("inf")
+# Every fit turns the rows into its own principal axes, which takes 10 s of D = 3072 and a mixture takes dozens of fits.
+MOST_FOR_MIXTURES = 1024
 # Multiplications of one step of expectation-maximisation that are still affordable: 0.1 s.
 LARGEST_FIT = 150_000_000
 
@@ -41,7 +43,9 @@ def candidates(sample: Sample) -> list[Candidate]:
         return [Candidate("atoms")]
     n, d = sample.n, leading_axes(sample)
     found = [Candidate("gaussian")]
-    most = LARGEST_FIT // (n * d**2)
+    if sample.rank > MOST_FOR_MIXTURES:
+        return found
+    most = LARGEST_FIT // max(n * d**2, 1)
     kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
     found += [Candidate("mixture", k, float(d + 1)) for k in kinds if n / k >= max(30, d) and k <= max(most, 2)]
     if d > 1:

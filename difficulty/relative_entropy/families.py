@@ -103,12 +103,10 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
 def _principal(rows: Array, counts: Array) -> tuple[Array, Array]:
     """Variances and principal axes (d, d), largest first."""
     centred = (rows - np.average(rows, axis=0, weights=counts)) * np.sqrt(counts / counts.sum())[:, None]
-    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
-    values = singular**2
-    if len(values) < rows.shape[1]:
-        full, _ = np.linalg.qr(np.concatenate([axes.T, np.eye(rows.shape[1])], 1))
-        axes, values = full.T, np.concatenate([values, np.zeros(rows.shape[1] - len(values))])
-    return values, np.ascontiguousarray(axes.T)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    axes = axes[:, ::-1].copy()
+    # The product squares the condition number; the variances are read off the rotated rows instead.
+    return ((centred @ axes) ** 2).sum(0), axes
 
 
 def _gaussian(rows: Array, counts: Array) -> GaussianBlock:

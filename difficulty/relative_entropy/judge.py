@@ -42,9 +42,13 @@ Rows = npt.NDArray[np.int64]
 
 ANCHORS = 40
 HELDOUT_ROWS = 1500
+# Numbers held at once for the held-out rows and their noise: 256 MiB.
+HELDOUT_SIZE = 2**25
 # Noise draws per held-out row in the tests, half of them the negatives of the others.
 DRAWS = 4
 MOST_AXES = 96
+# Beyond so many axes one pair of half-sample refits has to do, since each takes 10 s and more.
+MANY_AXES = 1024
 # Of candidates with at least this weight relative to the most likely one, the simplest is taken.
 PLAUSIBLE = 0.3
 RICHER_WEIGHT = 0.25
@@ -258,7 +262,7 @@ class Judge:
         jobs = [*winners, *rivals]
         for done, i in enumerate(jobs):
             where = np.flatnonzero(weight[i] > 0.02)
-            replicated[i] = self._replicate(names[i], len(self.halves) if i in winners else 2, where)
+            replicated[i] = self._replicate(names[i], len(self.halves) if i in winners else min(2, len(self.halves)), where)
             tested[i] = self._test(names[i])
             self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
@@ -402,7 +406,7 @@ class Judge:
 
     def _heldout(self, outside: Rows, fold: int, draws: int) -> tuple[Tensor, Tensor, int]:
         """Rows, each ``draws`` times, and noise: first half of the draws, then their negatives."""
-        rows = outside[:HELDOUT_ROWS]
+        rows = outside[: max(50, min(HELDOUT_ROWS, HELDOUT_SIZE // (draws * self.sample.rank)))]
         shape = (len(rows), draws // 2, self.sample.rank)
         noise = stream(HELDOUT_STREAM, self.settings.seed, fold).standard_normal(shape)
         eps = torch.from_numpy(np.concatenate([noise, -noise], 1)).flatten(0, 1)
@@ -411,7 +415,8 @@ class Judge:
     def _halves(self) -> list[tuple[Rows, Rows]]:
         rng = stream(SPLIT_STREAM, self.settings.seed)
         n = self.sample.n
-        orders = [rng.permutation(n) for _ in range(max(2, self.settings.bootstrap // 2))]
+        refits = self.settings.bootstrap if self.sample.rank <= MANY_AXES else 2
+        orders = [rng.permutation(n) for _ in range(max(1, refits // 2))]
         return [(order[: n // 2], order[n // 2 :]) for order in orders]
 
     def _folds(self) -> list[tuple[Rows, Rows]]:
