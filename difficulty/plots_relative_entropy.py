@@ -57,7 +57,7 @@ def atlas_figure(folder: Path, process: str) -> "Figure":
         for i, (law, part) in enumerate(table.groupby("law", sort=False)):
             colour, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
             shown = part[(part["kl"] > 1e-25) & part["valid"].astype(bool)]
-            axes.plot(shown["log_snr"], shown[name].clip(lower=1e-18), color=colour, linestyle=dash, label=law)
+            axes.plot(shown["log_snr"], shown[name].where(shown[name] > 1e-24), color=colour, linestyle=dash, label=law)
             if name == "kl":
                 axes.fill_between(shown["log_snr"], shown["ci_low"], shown["ci_high"], color=colour, alpha=0.2, lw=0)
         axes.set_yscale("log")
