@@ -262,7 +262,8 @@ class Judge:
         jobs = [*winners, *rivals]
         for done, i in enumerate(jobs):
             where = np.flatnonzero(weight[i] > 0.02)
-            replicated[i] = self._replicate(names[i], len(self.halves) if i in winners else min(2, len(self.halves)), where)
+            splits = len(self.halves) if i in winners else min(2, len(self.halves))
+            replicated[i] = self._replicate(names[i], splits, where)
             tested[i] = self._test(names[i])
             self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
