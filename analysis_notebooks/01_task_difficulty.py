@@ -65,7 +65,7 @@ pd.Series(
 # digits have no known Bayes loss, so the curves beyond the budget (dashed) only serve to find it.
 
 # %%
-learning_figure(RESULTS)
+learning_figure(RESULTS);
 
 # %% [markdown]
 # ## Difficulty by five measures
@@ -75,7 +75,7 @@ learning_figure(RESULTS)
 # (d log-SNR)² it is free of it.
 
 # %%
-difficulty_figure(RESULTS)
+difficulty_figure(RESULTS);
 
 # %% [markdown]
 # ## Ranks, and how sure they are
@@ -83,19 +83,19 @@ difficulty_figure(RESULTS)
 # Where two intervals overlap, the two tasks are not told apart.
 
 # %%
-rank_figure(RESULTS)
+rank_figure(RESULTS);
 
 # %% [markdown]
 # ## Do the definitions agree?
 
 # %%
-agreement_figure(RESULTS)
+agreement_figure(RESULTS);
 
 # %% [markdown]
 # ## Relative entropy between neighbouring noise levels
 
 # %%
-relative_entropy_figure(RESULTS)
+relative_entropy_figure(RESULTS);
 
 # %% [markdown]
 # ## What was found, in words

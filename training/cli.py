@@ -465,7 +465,7 @@ def quickstart(
     process: str = "vp-linear",
     tasks: int = 20,
     expert_seeds: int = 3,
-    expert_budget: int = 400,
+    expert_budget: int = 600,
     compare_seeds: int = 6,
     steps: int = 2000,
     network: str = "mlp",

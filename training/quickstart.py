@@ -20,15 +20,15 @@ from difficulty.plots import plot_folder
 from difficulty.process import get_process
 from difficulty.ranking import MeasureRanking, Ranking, RankingTask
 from difficulty.records import read_table, write_bytes
+from training.arms import STAGE_LENGTH_IN_TAU
 from training.compare import compare
 from training.curriculum import Curriculum, make_curriculum
 from training.plots import draw_folder
+from training.report import write_report
 
 ARMS = ("vanilla", "vanilla-again", "curriculum", "anti")
 CLUSTERS = 5
 CURRICULUM_SHARE = 0.1  # of the steps, for all stages before the last together
-# `patience` ends a stage after about this many tau on stationary noise (see `pacing.py`).
-STAGE_LENGTH_IN_TAU = 1.7
 MEASURE, OTHER_MEASURE = "excess_nats", "relative_entropy"
 NAMED = 3  # how many of the hardest and easiest tasks the summary names
 
@@ -52,7 +52,7 @@ class QuickstartPlan:
     process: str = "vp-linear"
     tasks: int = 20
     expert_seeds: int = 3
-    expert_budget: int = 400
+    expert_budget: int = 600
     compare_seeds: int = 6
     steps: int = 2000
     network: str = "mlp"
@@ -98,6 +98,7 @@ def quickstart(
         progress=None if progress is None else lambda _, done, total: progress("paired runs", done, total),
     )
     draw_folder(out / "comparison")
+    write_report(out / "comparison")
     lines = summarise(out, dataset, plan)
     write_bytes(out / "summary.txt", ("\n".join(lines) + "\n").encode())
     return lines
@@ -125,7 +126,7 @@ def summarise(out: Path, dataset: Dataset, plan: QuickstartPlan) -> list[str]:
         *(_effect_line(effects, arm) for arm in ARMS[1:]),
         f"Figures: {out / 'measurement' / 'figures'} and {out / 'comparison' / 'figures'}",
         f"Files: {out / 'measurement' / 'ranking.json'}, {out / 'curriculum.json'}, "
-        f"{out / 'comparison' / 'effects.csv'}",
+        f"{out / 'comparison' / 'report.html'}",
     ]
 
 
