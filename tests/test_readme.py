@@ -21,7 +21,8 @@ def accuracy_sentence():
         f"{row['pairs']:.0f} pairs of {laws} laws under VP-linear, estimator {row['estimator']}: "
         f"{row['valid']:.0%} valid ({row['valid_65_651']:.0%} of those with 65 <= t <= 651); of the valid ones the "
         f"median error is {row['median_error']:.1%}, the worst {row['worst_error']:.0%}, "
-        f"{row['beyond_30_percent']:.0f} are off by more than 30%, and the 90% intervals hold the truth in {row['coverage']:.0%}."
+        f"{row['beyond_30_percent']:.0f} are off by more than 30%, and the 90% intervals hold the truth in "
+        f"{row['coverage']:.0%}."
     )
 
 
