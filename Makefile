@@ -19,8 +19,11 @@ notebooks: $(VENV)/.notebooks
 lab: $(VENV)/.notebooks
 	$(RUN) -m jupyterlab analysis_notebooks
 
-bench: $(VENV)/.core
-	set -e; for file in benchmarks/*.py; do $(RUN) "$$file"; done
+# Speed of the experts and of the trainer, and accuracy of the relative entropy on a few laws whose answer is known.
+bench: $(VENV)/.test
+	$(RUN) benchmarks/experts.py
+	$(RUN) benchmarks/trainer.py
+	$(RUN) benchmarks/relative_entropy_accuracy.py --seeds 2 --laws gauss-3 modes4-5 uniform-3 --out runs/relative-entropy-accuracy
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

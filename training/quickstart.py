@@ -122,7 +122,8 @@ def summarise(out: Path, dataset: Dataset, plan: QuickstartPlan) -> list[str]:
         f"By relative entropy: {verdict[OTHER_MEASURE]}",
         f"Do the two agree? {agreement}",
         f"Curriculum, easy to hard (t): {clusters}.",
-        f"{plan.compare_seeds} paired seeds, {plan.steps} iterations, against uniform t (95 % intervals):",
+        f"{plan.compare_seeds} paired seeds, {plan.steps} iterations, change against uniform t, lower is better "
+        "(95 % intervals; verdicts after Holm's correction):",
         *(_effect_line(effects, arm) for arm in ARMS[1:]),
         f"Figures: {out / 'measurement' / 'figures'} and {out / 'comparison' / 'figures'}",
         f"Files: {out / 'measurement' / 'ranking.json'}, {out / 'curriculum.json'}, "
