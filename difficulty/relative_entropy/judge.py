@@ -447,6 +447,11 @@ class Judge:
                 np.full(len(noise), self.sample.discrete and self.sample.missing > LIMITS.missing),
                 "too many atoms of the law were seen only once",
             ),
+            (
+                # n points span at most n - 1 directions: what is empty may be empty for want of samples only.
+                np.full(len(noise), self.sample.n // 2 - 1 < self.sample.rank < self.sample.dim),
+                "too few samples for so many dimensions: half of them span fewer directions than all",
+            ),
             (share * np.abs(found.bias) > LIMITS.bias, "too few samples: half of them give a much different value"),
             (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
             (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),

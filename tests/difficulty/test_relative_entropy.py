@@ -348,6 +348,15 @@ def test_awkward_data_give_a_result_or_a_reason(kind):
     assert ((table.reason == "") == table.valid).all()
 
 
+@pytest.mark.parametrize("shape", [(25, 40), (40, 90), (60, 3072)])
+def test_directions_that_are_empty_for_want_of_samples_are_not_taken_for_a_subspace(shape):
+    # The truth is 0 at every pair; the sample alone looks like a singular law, with a KL near its upper bound.
+    rows = np.random.default_rng(0).standard_normal(shape)
+    table = kl(split_samples("few", rows), "vp-linear", pairs=[2, 10, 100, 500, 900])
+    assert not table.valid.any()
+    assert table.reason.str.contains("too few samples for so many dimensions").all()
+
+
 def test_constant_data_are_a_point_mass():
     table = kl(split_samples("constant", np.full((50, 3), 2.0)), "vp-linear", pairs=[2, 500])
     np.testing.assert_allclose(table.kl, table.upper_bound, rtol=1e-6)
