@@ -181,6 +181,31 @@ def plot(folder: FolderArgument, /) -> None:
         print(path)
 
 
+def recommend(
+    folder: FolderArgument, /, experts: int = 4, measure: str = "excess_nats", json: bool = False
+) -> None:
+    """From a ranking: boundaries of experts with equal burden, and densities of noise levels as trainers' flags.
+
+    Example: difficulty recommend runs/digits --experts 4
+
+    `difficulty profile` prints the same from a profile.
+
+    Args:
+        folder: with ranking.json, of `difficulty measure` or `difficulty probe`.
+        experts: number of experts.
+        measure: of the ranking; must be a density per unit log-SNR.
+        json: print everything as JSON.
+    """
+    from difficulty.process_file import read_process
+    from difficulty.ranking import Ranking
+    from difficulty.recommend import advise, burden_of_ranking
+
+    ranking = Ranking.load(folder)
+    process = read_process(folder, ranking.process)
+    advice = advise(f"{measure} of the ranking", *burden_of_ranking(ranking, measure), [process], experts)
+    print(_json(advice) if json else "\n".join(advice["sentences"]))
+
+
 def datasets(json: bool = False) -> None:
     """List the built-in data sets and their options.
 
@@ -286,12 +311,13 @@ def profile(
 
 
 def _json(value: dict[str, Any]) -> str:
+    """JSON text; a function of its own because ``json`` is also the name of the option."""
     return json.dumps(value)
 
 
 def _print_ranking(ranking: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(ranking))
+        print(_json(ranking))
         return
     for sentence in ranking["verdict"]:
         print(sentence)
@@ -305,7 +331,7 @@ def _print_registry(factories: Mapping[str, Callable[..., Any]], as_json: bool) 
         options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
         entries[name] = {"description": inspect.cleandoc(factory.__doc__ or "").splitlines()[0], "options": options}
     if as_json:
-        print(json.dumps(entries))
+        print(_json(entries))
         return
     for name, entry in entries.items():
         settings = ",".join(f"{key}={value}" for key, value in entry["options"].items())
@@ -318,6 +344,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "kl": kl,
     "profile": profile,
     "rank": rank,
+    "recommend": recommend,
     "plot": plot,
     "datasets": datasets,
     "processes": processes,

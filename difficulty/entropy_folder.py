@@ -15,7 +15,7 @@ from difficulty.plots import save_figure
 from difficulty.plots_relative_entropy import pairs_figure, profile_figure
 from difficulty.process import get_process
 from difficulty.profile import measure_profile
-from difficulty.recommend import burden_of_profile, equal_burden, fit_density, flags
+from difficulty.recommend import advise, burden_of_profile
 from difficulty.records import finish_run, start_run, write_json, write_table
 from difficulty.relative_entropy import kl
 
@@ -75,39 +75,11 @@ def run_profile(
     write_table(out / "profile.csv", profile.table)
     for process in chosen:
         write_table(out / f"kl-{process.name}.csv", profile.kl(process))
-    advice = _advice(profile, chosen, experts)
+    try:
+        advice = advise("sqrt(I_min) per unit log s", *burden_of_profile(profile), chosen, experts)
+    except InputError as error:
+        advice = {"sentences": [f"No recommendation: {error}."]}
     write_json(out / "recommendation.json", advice)
     save_figure(profile_figure(out), out / "figures", "profile")
     finish_run(out, run, wall_seconds=round(time.perf_counter() - started, 2))
     return advice
-
-
-def _advice(profile: Any, processes: Sequence[Any], experts: int) -> dict[str, Any]:
-    try:
-        tau, rate = burden_of_profile(profile)
-    except InputError as error:
-        return {"sentences": [f"No recommendation: {error}."]}
-    density = fit_density(tau, rate)
-    sentences = [
-        f"Burden sqrt(I_min) over log-SNR {-2 * tau[0]:.3g} to {-2 * tau[-1]:.3g}: normal in log s with mean "
-        f"{density.mean:.3f}, std {density.std:.3f}; total-variation distance {density.distance:.2f} "
-        f"({'good' if density.distance < 0.1 else 'fair' if density.distance < 0.2 else 'poor'} fit).",
-        *(f"  {trainer}: {text}" for trainer, text in flags(density).items()),
-    ]
-    boundaries = {}
-    for process in processes:
-        table = equal_burden(tau, rate, process, experts).table
-        boundaries[process.name] = table.to_dict(orient="list")
-        sentences.append(f"Boundaries of {experts} experts of equal burden, {process.name}:")
-        sentences += [
-            f"  t = {row.t:7.1f}  u = {row.u:.4f}  sigma/alpha = {row.sigma:9.4g}  log-SNR = {row.log_snr:7.3f}"
-            for row in table.itertuples()
-        ]
-    density_table = {"log_snr": (-2 * tau).tolist(), "rate": rate.tolist()}
-    return {
-        "burden": "sqrt(I_min) per unit log s",
-        "density": {"P_mean": density.mean, "P_std": density.std, "total_variation_distance": density.distance},
-        "piecewise_density_over_log_snr": density_table,
-        "boundaries": boundaries,
-        "sentences": sentences,
-    }

@@ -20,7 +20,8 @@ from difficulty.convergence import convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.experts import ExpertPlan, build_expert, train_experts
-from difficulty.process import Process, from_arrays, get_process
+from difficulty.process import Process, get_process
+from difficulty.process_file import read_process, write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
 from difficulty.records import (
     check_columns,
@@ -108,9 +109,7 @@ def measure(
     }
     began = time.monotonic()
     run = start_run(out, "measure", config)
-    t = np.arange(1, process.T + 1)
-    scales = {"t": t, "alpha": process.alpha[1:], "sigma": process.sigma[1:], "log_snr": process.log_snr(t)}
-    write_table(out / "process.csv", pd.DataFrame(scales))
+    write_process(out, process)
     request = _Request(dataset, process, cut, plan, estimator, out, progress)
     for stage in stages:
         stage(request)
@@ -177,9 +176,7 @@ MEASURES: Mapping[str, Callable[[_Request], None]] = {
 
 def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
     config = run["config"]
-    scales = read_table(folder / "process.csv", ["t", "alpha", "sigma"])
-    process = from_arrays(scales["alpha"].to_numpy(), scales["sigma"].to_numpy(), config["process"])
-    process.check_fingerprint(config["process_fingerprint"], f"{folder / 'process.csv'}")
+    process = read_process(folder, config["process_fingerprint"])
     tasks = make_tasks(process, config["tasks"], config["grid"])
     estimates: dict[str, Estimate] = {}
     sources: dict[str, str] = {}

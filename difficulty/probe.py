@@ -28,6 +28,7 @@ from difficulty.errors import InputError
 from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
+from difficulty.process_file import write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
 from difficulty.records import finish_run, read_run, read_table, start_run, write_table
 from difficulty.tasks import Task, make_tasks
@@ -99,6 +100,7 @@ def probe(
     }
     began = time.monotonic()
     run = start_run(out, "probe", config)
+    write_process(out, chosen)
     losses = np.empty((len(cut), draws))
     for k in range(len(cut)):
         for start in range(0, draws, batch):

@@ -1,4 +1,4 @@
-"""What a profile says to a trainer: boundaries of experts with equal burden, and densities of noise levels.
+"""What a profile or a ranking says to a trainer: boundaries of experts with equal burden, densities of noise levels.
 
 The burden of a stretch of noise levels is the integral over log s of a rate. The rate of a profile is that of the
 Fisher-Rao length of its schedule-free part, sqrt(I_min): it adds up, and depends on neither the schedule nor the step.
@@ -10,18 +10,30 @@ A density proportional to the burden is fitted by the families that trainers tak
 Both are Gaussian in log s, since logit u = log s; the total-variation distance to the burden says how good that is.
 """
 
-__all__ = ["Boundaries", "Density", "burden_of_profile", "equal_burden", "fit_density", "flags"]
+__all__ = [
+    "Boundaries",
+    "Density",
+    "advise",
+    "burden_of_profile",
+    "burden_of_ranking",
+    "equal_burden",
+    "fit_density",
+    "flags",
+]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.stats import norm
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.profile import Profile
+from difficulty.ranking import Ranking
 
 Array = npt.NDArray[np.float64]
 
@@ -57,6 +69,32 @@ def burden_of_profile(profile: Profile) -> tuple[Array, Array]:
     if valid.sum() < 3:
         raise InputError("fewer than 3 points of the profile are valid; give more samples before asking for advice")
     return profile.tau[valid], np.sqrt(profile.table["i_min"].to_numpy()[valid])
+
+
+def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[Array, Array]:
+    """tau = log s, rising, and the rate per unit log s that a measure per unit log-SNR states, constant in each task.
+
+    Raises:
+        InputError: if the measure is unknown, not a density over log-SNR, or without a value for some task.
+    """
+    chosen = choose("measure", measure, ranking.measures)
+    if "per unit log-SNR" not in chosen.unit or chosen.unit.startswith("log"):
+        raise InputError(f"measure {measure!r} is in {chosen.unit}; a burden must be a density per unit log-SNR")
+    tau, rate = [], []
+    for task in ranking.tasks:
+        value = chosen.value[task.index]
+        if value is None:
+            raise InputError(f"measure {measure!r} has no value for task {task.index}; measure with a larger budget")
+        # A task of one timestep has no width; one that ends in pure noise has no end.
+        if task.sigma_last is None or task.t_first == task.t_last:
+            continue
+        low, high = np.log(task.sigma_first), np.log(task.sigma_last)
+        margin = 1e-6 * (high - low)  # steps, not ramps, and strictly rising
+        tau += [low + margin, high - margin]
+        rate += [2 * max(value, 0.0)] * 2  # d log-SNR = 2 d log s
+    if sum(rate) <= 0:
+        raise InputError(f"measure {measure!r} is nowhere positive; there is no burden to share")
+    return np.array(tau), np.array(rate)
 
 
 def equal_burden(tau: Array, rate: Array, process: Process, experts: int) -> Boundaries:
@@ -103,6 +141,45 @@ def flags(density: Density) -> dict[str, str]:
         "EDM (loss_kwargs)": f"P_mean={mean} P_std={std}",
         "k-diffusion (sigma_sample_density)": f'{{"type": "lognormal", "mean": {mean}, "std": {std}}}',
         "diffusers flow matching": f"--weighting_scheme=logit_normal --logit_mean={mean} --logit_std={std}",
+    }
+
+
+def advise(
+    burden: str, tau: Array, rate: Array, processes: Sequence[Process], experts: int
+) -> dict[str, Any]:
+    """Everything that follows from a burden, for recommendation.json; ``sentences`` are for people.
+
+    Args:
+        burden: what the rate is.
+        tau, rate: from ``burden_of_profile`` or ``burden_of_ranking``.
+        processes: on which the boundaries are stated.
+        experts: K >= 1.
+
+    Raises:
+        InputError: as ``equal_burden``.
+    """
+    density = fit_density(tau, rate)
+    sentences = [
+        f"Burden {burden} over log-SNR {-2 * tau[0]:.3g} to {-2 * tau[-1]:.3g}: normal in log s with mean "
+        f"{density.mean:.3f}, std {density.std:.3f}; total-variation distance {density.distance:.2f} "
+        f"({'good' if density.distance < 0.1 else 'fair' if density.distance < 0.2 else 'poor'} fit).",
+        *(f"  {trainer}: {text}" for trainer, text in flags(density).items()),
+    ]
+    boundaries = {}
+    for process in processes:
+        table = equal_burden(tau, rate, process, experts).table
+        boundaries[process.name] = table.to_dict(orient="list")
+        sentences.append(f"Boundaries of {experts} experts of equal burden, {process.name}:")
+        sentences += [
+            f"  t = {row.t:7.1f}  u = {row.u:.4f}  sigma/alpha = {row.sigma:9.4g}  log-SNR = {row.log_snr:7.3f}"
+            for row in table.itertuples()
+        ]
+    return {
+        "burden": burden,
+        "density": {"P_mean": density.mean, "P_std": density.std, "total_variation_distance": density.distance},
+        "piecewise_density_over_log_snr": {"log_snr": (-2 * tau).tolist(), "rate": rate.tolist()},
+        "boundaries": boundaries,
+        "sentences": sentences,
     }
 
 
