@@ -11,8 +11,8 @@ import pandas as pd
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
-from difficulty.plots import save_figure
-from difficulty.plots_relative_entropy import pairs_figure, profile_figure
+from difficulty.plots import relative_entropy_figure, save_figure
+from difficulty.plots_relative_entropy import profile_figure
 from difficulty.process import get_process
 from difficulty.profile import measure_profile
 from difficulty.recommend import advise, burden_of_profile
@@ -50,7 +50,7 @@ def run_kl(
     )  # fmt: skip
     write_table(out / "relative_entropy.csv", table)
     if len(table) > 1:
-        save_figure(pairs_figure(out), out / "figures", "relative_entropy")
+        save_figure(relative_entropy_figure(out), out / "figures", "relative_entropy")
     finish_run(out, run, wall_seconds=round(time.perf_counter() - started, 2))
     return table
 

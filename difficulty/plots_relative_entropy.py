@@ -1,19 +1,18 @@
 """Figures of the relative entropy, drawn from the files of its folders; axes and colours as in ``plots``."""
 
-__all__ = ["atlas_figure", "pairs_figure", "profile_figure"]
+__all__ = ["atlas_figure", "profile_figure"]
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difficulty.plots import LOG_SNR_LABEL, PAGE_WIDTH, PALETTE, add_t_axis, relative_entropy_figure
+from difficulty.plots import LOG_SNR_LABEL, PAGE_WIDTH, PALETTE, add_t_axis
 from difficulty.records import read_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-pairs_figure = relative_entropy_figure
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 

@@ -19,6 +19,7 @@ __all__ = ["PACINGS", "Fraction", "HeldOut", "Pacing", "Patience", "check_pacing
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from difficulty.errors import InputError, choose
 Option = float | int | bool
 
 
-class Pacing:
+class Pacing(ABC):
     """A rule that ends stages.
 
     Args:
@@ -41,24 +42,24 @@ class Pacing:
     def __init__(self, stages: int, budget: int) -> None:
         self.stages, self.budget = stages, budget
 
+    @abstractmethod
     def due(self, stage: int, stage_start: int, step: int) -> str | None:
         """Why the stage is over before iteration ``step``, or None if it goes on."""
-        raise NotImplementedError
 
-    def begin_stage(self, stage: int) -> None:
+    def begin_stage(self, stage: int) -> None:  # noqa: B027 - a hook that a rule may leave empty
         """Forget what belongs to the stage before."""
 
-    def observe(self, loss: float) -> None:
+    def observe(self, loss: float) -> None:  # noqa: B027 - a hook that a rule may leave empty
         """Take in the batch loss of one iteration (the mean over all ranks)."""
 
-    def observe_heldout(self, losses: Sequence[float]) -> None:
+    def observe_heldout(self, losses: Sequence[float]) -> None:  # noqa: B027 - a hook that a rule may leave empty
         """Take in the losses of the same fixed draws of the stage's tasks."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, JSON only."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a hook that a rule may leave empty
         """Continue from ``state_dict``."""
 
 
