@@ -68,4 +68,4 @@ display(Image(filename=str(results / "relative-entropy-atlas" / "figures" / "vp-
 
 # %%
 shown = ["law", "pairs", "valid", "valid_65_651", "median_error", "worst_error", "beyond_30_percent", "coverage"]
-accuracy[accuracy["process"] == "vp-linear"][shown].round(3)
+accuracy[(accuracy["process"] == "vp-linear") & (accuracy["estimator"] == "auto")][shown].round(3)

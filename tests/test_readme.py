@@ -15,8 +15,8 @@ README = (ROOT / "README.md").read_text()
 
 def accuracy_sentence():
     table = pd.read_csv(ROOT / "results" / "relative-entropy-accuracy" / "accuracy.csv")
-    row = table[(table["law"] == "(all)") & (table["process"] == "vp-linear")].iloc[0]
-    laws = len(table[(table["law"] != "(all)") & (table["process"] == "vp-linear")])
+    table = table[(table["process"] == "vp-linear") & (table["estimator"] == "auto")]
+    row, laws = table[table["law"] == "(all)"].iloc[0], (table["law"] != "(all)").sum()
     return (
         f"{row['pairs']:.0f} pairs of {laws} laws under VP-linear, estimator {row['estimator']}: "
         f"{row['valid']:.0%} valid ({row['valid_65_651']:.0%} of those with 65 <= t <= 651); of the valid ones the "

@@ -2,7 +2,7 @@
 
 Right where the noise blurs the rows into each other and wrong by any factor where it does not: a pair is valid only
 where the posterior of the row given x_t is spread over at least 100 rows in the median (its effective number of rows,
-1/sum r^2).
+1/sum r^2), and where the same from halves of the rows does not disagree.
 """
 
 __all__ = ["LEAST_ROWS", "estimate_empirical"]
@@ -13,14 +13,16 @@ import torch
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
 from difficulty.laws import GaussianMixture
-from difficulty.randomness import torch_generator
-from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
+from difficulty.randomness import stream, torch_generator
+from difficulty.relative_entropy.estimate import Array, Estimate, Settings, log_interval
+from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import make_sample
 
 LEAST_ROWS = 100
+LARGEST_ERROR = 0.12  # on the log scale: what lets an interval promise 30 %
 LARGEST = 10**8
 EMPIRICAL_STREAM = 41
 
@@ -35,19 +37,46 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
     d = max(sample.rank, 1)
     if sample.n * d**2 > LARGEST:
         raise InputError(f"the empirical estimator holds {sample.n} x {d}^2 numbers, too many; use estimator 'auto'")
-    law = GaussianMixture(sample.counts, sample.rows + sample.mean, np.zeros((sample.n, d, d)))
+    rows, counts = sample.rows + sample.mean, sample.counts
+    kl, se, kl_reverse, effective = _measure(rows, counts, pairs, settings)
+    # Half the rows have twice the bias of all, and their differences are the spread (as in `judge.py`).
+    order = stream(EMPIRICAL_STREAM, settings.seed).permutation(sample.n)
+    halves = np.stack(
+        [
+            _log(_measure(rows[half], counts[half], pairs, settings)[0])
+            for half in (order[: sample.n // 2], order[sample.n // 2 :])
+        ]
+    )
+    bias, spread = halves.mean(0) - _log(kl), np.abs(halves[0] - halves[1]) / 2
+    # The directions in which the data do not vary at all are a point mass, known exactly.
+    null_mean = np.zeros(sample.dim - sample.rank)
+    null_mean[:1] = sample.null_mean
+    null = GaussianBlock(np.zeros_like(null_mean), null_mean).measure(pairs, 0, 0)
+    total = kl + null.kl
+    error = kl / total * np.sqrt((se / np.maximum(kl, 1e-300)) ** 2 + spread**2 + bias**2)
+    low, high = log_interval(total, error)
+    sharp, unsure = effective < LEAST_ROWS, error > LARGEST_ERROR
+    reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")
+    reason = np.where(sharp, f"fewer than {LEAST_ROWS} rows are blurred into each other at this noise", reason)
+    name, unknown = np.full(len(pairs), "empirical", dtype=object), np.full(len(pairs), np.nan)
+    reverse = kl_reverse + null.kl_reverse
+    return Estimate(total, reverse, total * error, low, high, unknown, name, reason == "", reason.astype(object))
+
+
+def _measure(rows: Array, counts: Array, pairs: Pairs, settings: Settings) -> tuple[Array, Array, Array, Array]:
+    """KL, its Monte Carlo error, the reverse KL, and the median effective number of rows, each (m,)."""
+    n, d = rows.shape
+    law = GaussianMixture(counts, rows, np.zeros((n, d, d)))
     generator = torch_generator(EMPIRICAL_STREAM, settings.seed)
     x0 = law.sample(min(settings.samples, 1000), generator)
     kernel = MixtureKernel(law, x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator))
-    rows = [kernel.log_ratio(pairs.first[[i]], pairs.second[[i]]) for i in range(len(pairs))]
-    kl, se = (value.numpy() for value in kl_from_log_ratio(torch.cat(rows)))
+    forward = [kernel.log_ratio(pairs.first[[i]], pairs.second[[i]]) for i in range(len(pairs))]
     back = [kernel.log_ratio(pairs.second[[i]], pairs.first[[i]]) for i in range(len(pairs))]
-    kl_reverse = kl_from_log_ratio(torch.cat(back))[0].numpy()
+    kl, se = (value.numpy() for value in kl_from_log_ratio(torch.cat(forward)))
     tau = np.minimum(pairs.tau, 30.0)
     effective = np.array([float(kernel.effective_components(tau[[i]]).median()) for i in range(len(pairs))])
-    error = np.hypot(se / np.maximum(kl, 1e-300), sample.n**-0.5)
-    low, high = log_interval(kl, error)
-    valid = effective >= LEAST_ROWS
-    reason = np.where(valid, "", f"fewer than {LEAST_ROWS} rows are blurred into each other at this noise")
-    name, unknown = np.full(len(pairs), "empirical", dtype=object), np.full(len(pairs), np.nan)
-    return Estimate(kl, kl_reverse, kl * error, low, high, unknown, name, valid, reason.astype(object))
+    return kl, se, kl_from_log_ratio(torch.cat(back))[0].numpy(), effective
+
+
+def _log(values: Array) -> Array:
+    return np.log(np.maximum(values, 1e-300))

@@ -18,7 +18,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated between the
 5. A pair is valid if its error allows to promise 30 % and no test objects. Otherwise the reason says which one did.
 """
 
-__all__ = ["Judge", "leading_axes"]
+__all__ = ["PLAUSIBLE", "Judge", "leading_axes"]
 
 from dataclasses import dataclass
 
@@ -197,7 +197,7 @@ class Judge:
         """All pairs."""
         if self.sample.rank == 0:
             return self._point_mass()
-        names, weight = self._choose()
+        names, weight = self.choose()
         self.findings = found = self._measure(names, weight)
         exact = self.null.measure(self.anchors, 0, 0)
         rest = np.exp(found.log_kl)
@@ -211,7 +211,7 @@ class Judge:
 
     # -- choice ------------------------------------------------------------------------------------------------------
 
-    def _choose(self) -> tuple[list[Candidate], Array]:
+    def choose(self) -> tuple[list[Candidate], Array]:
         """Candidates and their weights (candidates, m): 1 for the best of an anchor, small for the implausible."""
         found: dict[Candidate, Array] = {}
         tops: dict[tuple[str, float], list[float]] = {}
