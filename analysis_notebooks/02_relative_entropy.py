@@ -63,7 +63,8 @@ display(Image(filename=str(results / "relative-entropy-atlas" / "figures" / "vp-
 
 # %% [markdown]
 # ## May the estimates be believed?
-# Laws that played no part in the making of the estimator, given as samples. Of the pairs it marks valid: relative
+# Laws held back while the estimator was made (one rule came after a first look, see the README of the folder), given as
+# samples. Of the pairs that it marks valid: relative
 # error, and the share of 90 % intervals that contain the truth.
 
 # %%

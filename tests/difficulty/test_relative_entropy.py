@@ -391,3 +391,20 @@ def test_exact_needs_a_known_law():
 def test_upper_bound_needs_only_the_second_moment():
     pairs = make_pairs(get_process("vp-linear"), [2, 500])
     np.testing.assert_allclose(upper_bound(pairs, 3, 0.0), gaussian_kl(pairs, np.zeros(3), np.zeros(3)))
+
+
+def test_the_gaussian_estimator_refuses_what_is_no_gaussian_and_accepts_what_is():
+    modes = GaussianMixture([1, 1], [[-1.0, 0.0], [1.0, 0.0]], [0.01 * np.eye(2)] * 2)
+    pairs = [30, 100, 200]
+    refused = kl(split_samples("modes", samples_of(modes, 2000)), "vp-linear", estimator="gaussian", pairs=pairs)
+    assert not refused.valid.any()
+    assert refused.reason.str.contains("from a Gaussian").any()
+    one = kl(split_samples("one", samples_of(gaussian(3, 0.3), 2000)), "vp-linear", estimator="gaussian", pairs=pairs)
+    assert one.valid.all()
+
+
+def test_the_empirical_estimator_counts_the_directions_in_which_data_do_not_vary():
+    law, pairs = Ring(6), [320, 430, 550]
+    truth = kl(exact_dataset(law), "vp-linear", pairs=pairs).kl
+    found = kl(split_samples("ring", samples_of(law, 3000)), "vp-linear", estimator="empirical", pairs=pairs)
+    np.testing.assert_allclose(found.kl, truth, rtol=0.15)
