@@ -23,7 +23,7 @@ Intervals (90 %) join two errors: that of the finite set of held-out draws, and 
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
 """
 
-__all__ = ["DEFINITIONS", "INTERVAL_LEVEL", "convergence_table", "loss_table"]
+__all__ = ["DEFINITIONS", "convergence_table", "loss_table"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ from scipy.stats import chi2
 from scipy.stats import t as student_t
 
 from difficulty.experts import ExpertCurves
+from difficulty.intervals import INTERVAL_LEVEL
 from difficulty.process import Array
 from difficulty.records import check_columns
 
-INTERVAL_LEVEL = 0.90
 # Weight of the tasks' median variance against a task's own, in degrees of freedom.
 PRIOR_DEGREES = 4.0
 PAPER_FALL = 0.9

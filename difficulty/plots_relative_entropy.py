@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from difficulty.intervals import Z90
 from difficulty.plots import LOG_SNR_LABEL, PAGE_WIDTH, PALETTE, add_t_axis
 from difficulty.records import read_table
 
@@ -26,7 +27,7 @@ def profile_figure(folder: Path) -> "Figure":
     labels = {"A": "A = E[F²]", "C": "C = E[q²]", "i_min": "I_min = A - B²/C", "mmse": "mmse  [data units²]"}
     for (name, label), colour, dash in zip(labels.items(), PALETTE, DASHES, strict=False):
         value = table[name].where(table[name] > 0)
-        width = np.exp(1.645 * np.minimum(table[f"{name}_se"] / value, 5))
+        width = np.exp(Z90 * np.minimum(table[f"{name}_se"] / value, 5))
         axes.plot(table["log_snr"], value.where(valid), color=colour, linestyle=dash, linewidth=1.5, label=label)
         axes.plot(table["log_snr"], value.where(~valid), color="0.6", linewidth=0.8)
         low, high = (value / width).where(valid), (value * width).where(valid)

@@ -26,6 +26,7 @@ import torch
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
 from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
+from difficulty.intervals import Z90
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
@@ -37,7 +38,6 @@ PROBE_COLUMNS = (
     "task", "t_first", "t_last", "heldout_loss", "heldout_se", "floor", "floor_kind", "excess_nats", "excess_se",
     "ci_low", "ci_high", "linear_loss", "untrained",
 )  # fmt: skip
-NORMAL_95 = 1.6448536269514722  # a 90 % interval is +- this many standard errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,11 +204,11 @@ def _table(
             "floor_kind": kind,
             "excess_nats": mean,
             "excess_se": se,
-            "ci_low": mean - NORMAL_95 * se,
-            "ci_high": mean + NORMAL_95 * se,
+            "ci_low": mean - Z90 * se,
+            "ci_high": mean + Z90 * se,
             "linear_loss": linear_losses.mean(1),
             # Significantly worse than the linear denoiser: hardly trained here, or on other noise levels.
-            "untrained": ~(gain.mean(1) > -NORMAL_95 * gain.std(1, ddof=1) / np.sqrt(count)),
+            "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
         }
     )
 

@@ -24,12 +24,13 @@ from scipy.interpolate import PchipInterpolator
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
+from difficulty.intervals import Z90
 from difficulty.laws import GaussianMixture
 from difficulty.process import Process, from_arrays, get_process
 from difficulty.records import check_columns, read_table
 from difficulty.relative_entropy import one_thread
 from difficulty.relative_entropy.auto import candidates
-from difficulty.relative_entropy.estimate import Z90, Settings
+from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import law_draws, time_scores
 from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.judge import Judge

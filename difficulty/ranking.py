@@ -17,13 +17,13 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from difficulty.errors import InputError
+from difficulty.intervals import INTERVAL_LEVEL, Z90
 from difficulty.process import Array, Process
 from difficulty.randomness import stream
 from difficulty.records import read_json, write_json
 from difficulty.tasks import Task
 
 RANKING_FORMAT: Literal["denoising-difficulty/ranking/1"] = "denoising-difficulty/ranking/1"
-INTERVAL_LEVEL = 0.90
 REPLICATES = 4000
 TOLD_APART = 0.95  # share of replicates in which two tasks keep their order
 
@@ -175,7 +175,7 @@ class Estimate:
         to_scale = np.log if self.log else np.asarray
         with np.errstate(invalid="ignore", divide="ignore"):
             centre, low, high = (to_scale(a) for a in (self.value, self.ci_low, self.ci_high))
-        sd = np.nan_to_num((high - low) / (2 * 1.6448536269514722))  # the normal's 95 % point: 90 % lie within
+        sd = np.nan_to_num((high - low) / (2 * Z90))
         drawn = centre + sd * rng.standard_normal((count, len(centre)))
         return np.where(np.isnan(centre), np.inf if self.hardest_if_missing else np.nan, drawn)
 

@@ -15,7 +15,7 @@ from difficulty.errors import InputError
 from difficulty.laws import GaussianMixture
 from difficulty.randomness import stream, torch_generator
 from difficulty.relative_entropy.estimate import Array, Estimate, Settings, log_interval
-from difficulty.relative_entropy.fits import GaussianBlock
+from difficulty.relative_entropy.fits import null_block
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
@@ -48,10 +48,7 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
         ]
     )
     bias, spread = halves.mean(0) - _log(kl), np.abs(halves[0] - halves[1]) / 2
-    # The directions in which the data do not vary at all are a point mass, known exactly.
-    null_mean = np.zeros(sample.dim - sample.rank)
-    null_mean[:1] = sample.null_mean
-    null = GaussianBlock(np.zeros_like(null_mean), null_mean).measure(pairs, 0, 0)
+    null = null_block(sample).measure(pairs, 0, 0)
     total = kl + null.kl
     error = kl / total * np.sqrt((se / np.maximum(kl, 1e-300)) ** 2 + spread**2 + bias**2)
     low, high = log_interval(total, error)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from difficulty.intervals import Z90
+
 Array = npt.NDArray[np.float64]
 
-# Two-sided 90 % of a normal distribution.
-Z90 = 1.6448536269514722
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A fit is a product of blocks, so its relative entropies, time scores and log-den
 Families below say how a block is fitted to rows; each is one function and one line in ``FAMILIES``.
 """
 
-__all__ = ["Block", "Fit", "GaussianBlock", "MixtureBlock", "ProductBlock"]
+__all__ = ["Block", "Fit", "GaussianBlock", "MixtureBlock", "ProductBlock", "null_block"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, 
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.sample import Sample
 
 Array = npt.NDArray[np.float64]
 
@@ -76,7 +77,6 @@ class Block(ABC):
     @abstractmethod
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         """F, q and the log density at y = x0 + exp(tau) eps, each (m, n)."""
-
 
     def log_density(self, x0: Tensor, eps: Tensor, tau: Array) -> Tensor:
         """Log density at y = x0 + exp(tau) eps, (m, n)."""
@@ -132,6 +132,13 @@ class GaussianBlock(Block):
         linear = w @ (m * z).T + s * (w @ (m * eps).T)
         log_density = -0.5 * quadratic - 0.5 * (2 * torch.pi * v).log().sum(1, keepdim=True)
         return flow, len(self.mean) - quadratic - linear, log_density
+
+
+def null_block(sample: Sample) -> GaussianBlock:
+    """The directions in which the data do not vary at all: a point mass, known exactly."""
+    mean = np.zeros(sample.dim - sample.rank)
+    mean[:1] = sample.null_mean
+    return GaussianBlock(np.zeros_like(mean), mean)
 
 
 class MixtureBlock(Block):

@@ -32,7 +32,7 @@ from torch import Tensor
 from difficulty.randomness import stream
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import Candidate, Plan, fit_candidate, has_independent_axes
-from difficulty.relative_entropy.fits import Fit, GaussianBlock
+from difficulty.relative_entropy.fits import Fit, null_block
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import conditional_covariance
@@ -188,10 +188,7 @@ class Judge:
         self.halves = self._halves()
         self.folds = self._folds()
         self.fold_fits: dict[tuple[Candidate, int], Fit] = {}
-        null = np.zeros(sample.dim - sample.rank)
-        null_mean = null.copy()
-        null_mean[:1] = sample.null_mean
-        self.null = GaussianBlock(null, null_mean)
+        self.null = null_block(sample)
 
     def estimate(self) -> Estimate:
         """All pairs."""

@@ -67,16 +67,6 @@ class Sample:
         spread = float((self.counts[:, None] * self.rows**2).sum() / self.counts.sum())
         return spread + float((self.mean**2).sum()) + self.null_mean**2
 
-    def all_eigenvalues(self) -> Array:
-        """Variances along all D axes."""
-        return np.concatenate([self.eigenvalues, np.zeros(self.dim - self.rank)])
-
-    def all_means(self) -> Array:
-        """Mean along all D axes."""
-        null = np.zeros(self.dim - self.rank)
-        null[:1] = self.null_mean
-        return np.concatenate([self.mean, null])
-
 
 def make_sample(dataset: Dataset) -> Sample:
     """Pool, order and rotate the rows of a data set."""
