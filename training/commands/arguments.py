@@ -1,0 +1,41 @@
+"""What several commands make of their arguments."""
+
+__all__ = ["File", "Text", "chosen_device", "chosen_process", "chosen_tasks"]
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from difficulty.errors import InputError
+from difficulty.process import Process, get_process
+from difficulty.ranking import RankingTask
+from difficulty.tasks import make_tasks
+from training.curriculum import Curriculum, known_process
+
+Text = Annotated[str, tyro.conf.Positional]
+File = Annotated[Path, tyro.conf.Positional]
+
+
+def chosen_process(name: str | None, curriculum: Curriculum | None, source: str) -> Process:
+    """The process named, or that of the curriculum read from ``source``, or vp-linear."""
+    if name is not None:
+        return get_process(name)
+    return known_process(curriculum.process, source) if curriculum else get_process("vp-linear")
+
+
+def chosen_tasks(curriculum: Curriculum | None, process: Process) -> list[RankingTask]:
+    """The tasks of the curriculum, or twenty of equal width in t."""
+    return curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+
+
+def chosen_device(name: str) -> str:
+    """cuda or cpu for auto; raises InputError for a device that torch cannot use."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return name

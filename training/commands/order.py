@@ -1,0 +1,112 @@
+"""The commands that make and check a curriculum: ``training cluster`` and ``training validate``."""
+
+__all__ = ["cluster", "validate"]
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from difficulty.errors import InputError
+from difficulty.process import get_process
+from difficulty.ranking import Ranking
+from training.commands.arguments import File
+from training.curriculum import Curriculum, known_process, make_curriculum
+
+
+def cluster(
+    folder: File,
+    method: str = "kmeans",
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curriculum.json"),
+    measure: str | None = None,
+    order: str = "easy-to-hard",
+    seed: int = 0,
+    accumulate: bool = True,
+    pacing: str = "fraction",
+    pacing_options: tuple[str, ...] = (),
+    density: str = "uniform",
+    json: bool = False,
+) -> None:
+    """Group the tasks of a ranking into clusters and write a curriculum.
+
+    Example: training cluster results/digits --method kmeans -k 5 -o curriculum.json
+
+    Args:
+        folder: Results folder with ranking.json, or that file.
+        method: kmeans, quantile, mass, uniform or contiguous group the tasks; snr and log-snr cut the timesteps anew by
+            noise level, as in the paper.
+        k: Number of clusters.
+        output: File to write.
+        measure: Measure of the ranking that decides; noise-level for noisier is easier. Default: excess_nats if there.
+        order: easy-to-hard, hard-to-easy or random.
+        seed: Of the random order.
+        accumulate: Whether clusters stay in training once they joined.
+        pacing: Rule that ends a stage: fraction, patience, patience-smoothed, patience-kept or held-out.
+        pacing_options: Options of the rule as name=value, such as share=0.2 or tau=200.
+        density: Base density of t: uniform, log-snr, log-normal:mean=-1.2,std=1.2, logit-normal, cosine-map, or
+            measured:power=1,uniform_share=0.5, partly proportional to the measure.
+        json: Print the curriculum as JSON.
+    """
+    ranking = Ranking.load(folder)
+    curriculum = make_curriculum(
+        ranking,
+        method=method,
+        k=k,
+        measure=measure,
+        order=order,
+        seed=seed,
+        accumulate=accumulate,
+        pacing=pacing,
+        pacing_options=_options(pacing_options),
+        base_density=density,
+    )
+    curriculum.save(output)
+    if json:
+        print(jsonlib.dumps(curriculum.model_dump()))
+        return
+    print(f"{output}: {k} clusters by {method} of {curriculum.provenance['measure']}, {order}")
+    _describe(curriculum)
+
+
+def validate(curriculum: File, process: str | None = None, json: bool = False) -> int:
+    """Check a curriculum.json; exit code 2 and one sentence if it is not valid.
+
+    Example: training validate curriculum.json --process vp-linear
+
+    Args:
+        curriculum: The file.
+        process: Process that it must have been made for, by name; default: the one that it names, if built in.
+        json: Print the verdict as JSON.
+    """
+    loaded = Curriculum.load(curriculum)
+    chosen = get_process(process) if process else known_process(loaded.process, str(curriculum))
+    loaded.validate_for(chosen, str(curriculum))
+    if json:
+        print(jsonlib.dumps({"valid": True, "sha256": loaded.sha256, "stages": loaded.stages()}))
+        return 0
+    print(f"{curriculum} is valid for process {chosen.name!r} with T = {chosen.T}")
+    _describe(loaded)
+    return 0
+
+
+def _options(items: tuple[str, ...]) -> dict[str, float | int | bool]:
+    options: dict[str, float | int | bool] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        try:
+            options[name] = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            raise InputError(f"pacing option {item!r} is not of the form name=number") from None
+        if not equals:
+            raise InputError(f"pacing option {item!r} is not of the form name=number")
+    return options
+
+
+def _describe(curriculum: Curriculum) -> None:
+    for number, held in enumerate(curriculum.clusters, 1):
+        tasks = [curriculum.tasks[index] for index in sorted(held.tasks)]
+        timesteps = ", ".join(f"{task.t_first}..{task.t_last}" for task in tasks)
+        difficulty = "" if held.difficulty is None else f" difficulty {held.difficulty:.4g};"
+        print(f"  cluster {number}:{difficulty} t = {timesteps}")

@@ -1,0 +1,167 @@
+"""The commands that look at a finished run: ``training sample``, ``training evaluate`` and ``training plot``."""
+
+__all__ = ["evaluate", "plot", "sample"]
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from difficulty.datasets import load_dataset
+from difficulty.errors import InputError
+from difficulty.records import write_bytes, write_json
+from training.commands.arguments import File, Text, chosen_device, chosen_tasks
+from training.conditional import accuracy
+from training.curriculum import Curriculum
+from training.heldout import HeldOut
+from training.metrics import SampleJudge
+from training.plots import draw_folder, save_grid
+from training.run import restore
+from training.sampling import draw_samples
+
+
+def sample(
+    folder: File,
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    count: int = 64,
+    method: str = "ddim",
+    steps: int = 50,
+    labels: tuple[int, ...] = (),
+    guidance: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Draw samples of a run with its averaged weights, as an array file and a picture.
+
+    Example: training sample runs/digits --count 64 --method heun
+
+    Args:
+        folder: Folder of `training run`.
+        output: Array file .npz; a .png of the same name is drawn beside it. Default: samples.npz in the folder.
+        count: Samples.
+        method: Sampler: ddim, heun or ancestral.
+        steps: Steps of the sampler.
+        labels: Wanted classes of a conditional run, repeated in turn; default: all of them.
+        guidance: Classifier-free guidance; 1 is the conditional model itself.
+        seed: Of the noise.
+        device: cpu, cuda, or auto.
+    """
+    import io
+
+    import numpy as np
+
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    denoiser, config = restore(folder)
+    where = chosen_device(device)
+    drawn = draw_samples(
+        denoiser.to(where),
+        count,
+        tuple(config["shape"]),
+        seed=seed,
+        method=method,
+        steps=steps,
+        labels=_labels(labels, count, config["classes"]),
+        guidance=guidance,
+        device=where,
+    )
+    target = output or folder / "samples.npz"
+    if target.suffix != ".npz":
+        raise InputError(f"{target} should end in .npz")
+    buffer = io.BytesIO()
+    np.savez(buffer, data=drawn.numpy())
+    write_bytes(target, buffer.getvalue())
+    picture = target.with_suffix(".png")
+    save_grid(drawn[:256], picture, tuple(config["value_range"]) if config["value_range"] else None)
+    print(f"{count} samples in {target}, drawn in {picture}")
+
+
+def evaluate(
+    folder: File,
+    data: Text,
+    metrics: tuple[str, ...] = ("fd-pca", "fd-pixels", "sw-pixels"),
+    samples: int = 1000,
+    method: str = "ddim",
+    steps: int = 50,
+    guidance: float = 1.0,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Held-out nats per task and distances of samples from the data, of a run's averaged weights.
+
+    Example: training evaluate runs/digits digits --json
+
+    Args:
+        folder: Folder of `training run`.
+        data: The data set that the run was trained on.
+        metrics: Of the samples; the name says the distance and the features.
+        samples: Samples that are judged.
+        method: Sampler: ddim, heun or ancestral.
+        steps: Steps of the sampler.
+        guidance: Of a conditional run, whose samples are also judged by a separate classifier.
+        seed: Of the noise.
+        json: Print everything as JSON, and write evaluation.json.
+    """
+    denoiser, config = restore(folder)
+    dataset = load_dataset(data)
+    if list(dataset.shape) != config["shape"]:
+        raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
+    chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
+    tasks = chosen_tasks(chosen, denoiser.process)
+    measured = HeldOut(dataset, denoiser.process, tasks).evaluate(denoiser)
+    judge = SampleJudge(dataset.train, metrics)
+    labels = _labels((), samples, config["classes"])
+    drawn = draw_samples(
+        denoiser, samples, dataset.shape, seed=seed, method=method, steps=steps, labels=labels, guidance=guidance
+    )
+    found = judge(drawn)
+    report: dict[str, Any] = {
+        "nats": measured.nats,
+        "loss": measured.loss,
+        "nats_per_task": measured.nats_per_task.tolist(),
+        "tasks": [[task.t_first, task.t_last] for task in tasks],
+        "samples": samples,
+        "metrics": found,
+        "split_half": judge.split_half(),
+    }
+    if labels is not None:
+        report["condition"] = accuracy(drawn, labels, dataset)
+    write_json(folder / "evaluation.json", report)
+    if json:
+        print(jsonlib.dumps(report))
+        return
+    print(f"held-out nats {measured.nats:.3f}, loss {measured.loss:.6f}")
+    for name, value in found.items():
+        print(f"  {name:10} {value:.4f}   (between two halves of the data: {report['split_half'][name]:.4f})")
+    if labels is not None:
+        obeyed = report["condition"]
+        print(
+            f"  class obeyed by {obeyed['accuracy']:.1%} [{obeyed['ci_low']:.1%}, {obeyed['ci_high']:.1%}] of the "
+            f"samples, judged by a classifier that is right on {obeyed['heldout']:.1%} of held-out data"
+        )
+
+
+def plot(folder: File) -> None:
+    """Draw the figures of a run or a comparison again from its CSV files.
+
+    Example: training plot runs/digits
+
+    Args:
+        folder: Folder of `training run` or `training compare`.
+    """
+    for path in draw_folder(folder):
+        print(path)
+
+
+def _labels(wanted: tuple[int, ...], count: int, classes: int) -> torch.Tensor | None:
+    """Labels of the samples to draw; None for a model that was trained without."""
+    if not classes:
+        if wanted:
+            raise InputError("this run was trained without --conditional; it knows no labels")
+        return None
+    unknown = [label for label in wanted if not 0 <= label < classes]
+    if unknown:
+        raise InputError(f"label {unknown[0]} is none of the run's classes 0..{classes - 1}")
+    return torch.tensor(wanted or range(classes))[torch.arange(count) % (len(wanted) or classes)]

@@ -1,0 +1,169 @@
+"""``training run``: one training, on one device or several."""
+
+__all__ = ["run"]
+
+import atexit
+import json as jsonlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from difficulty.datasets import load_dataset
+from difficulty.records import write_bytes
+from training.commands.arguments import Text, chosen_device, chosen_process, chosen_tasks
+from training.curriculum import Curriculum
+from training.heldout import HeldOut
+from training.plots import draw_folder, save_grid
+from training.run import Cadence, train
+from training.trainer import Trainer, TrainPlan
+
+
+def run(
+    data: Text,
+    out: Path,
+    curriculum: str = "none",
+    process: str | None = None,
+    steps: int = 2000,
+    batch: int = 128,
+    micro_batches: int = 1,
+    precision: str = "fp32",
+    network: str = "mlp",
+    prediction: str = "eps",
+    weight: str = "constant",
+    density: str | None = None,
+    stratified: bool = False,
+    lr: float = 1e-3,
+    lr_schedule: str = "cosine",
+    warmup: int = 50,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    ema_decay: float = 0.9999,
+    conditional: bool = False,
+    label_dropout: float = 0.1,
+    seed: int = 0,
+    evaluate_every: int = 100,
+    checkpoint_every: int = 200,
+    sample_every: int = 500,
+    keep: int = 3,
+    resume: Literal["auto", "never"] = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Train a denoiser, with a curriculum or without; the same command continues a run that was stopped.
+
+    Example: training run digits --curriculum curriculum.json --out runs/digits --steps 2000
+    On several devices: torchrun --nproc-per-node 4 -m training run ...
+
+    Args:
+        data: Built-in data set, array file, or folder of images.
+        out: Folder of the run.
+        curriculum: A curriculum.json, or none.
+        process: Forward process by name; default: that of the curriculum, or vp-linear.
+        steps: Iterations.
+        batch: Samples per iteration, over all processes together.
+        micro_batches: Parts into which each process cuts its samples to save memory.
+        precision: fp32, or bf16 for the forward and backward pass.
+        network: mlp, unet or dit, with options as in mlp:width=256.
+        prediction: What the network predicts: eps, x0, v, score, velocity or edm.
+        weight: Loss weight, such as constant, min-snr:gamma=5 or p2.
+        density: Base density of t in place of the curriculum's.
+        stratified: Spread the timesteps of a batch evenly.
+        lr: Peak learning rate.
+        lr_schedule: Its course after the warm-up: constant, cosine or linear.
+        warmup: Iterations of linear warm-up.
+        weight_decay: Of AdamW.
+        clip: Greatest norm of the gradient, 0 for none.
+        ema_decay: Greatest decay of the averaged weights.
+        conditional: Tell the network the class of each sample.
+        label_dropout: How often it is not told, which makes guidance possible.
+        seed: Of weights, batches, noise and timesteps.
+        evaluate_every: Iterations between held-out losses, 0 for the end only.
+        checkpoint_every: Iterations between checkpoints, 0 for the end only.
+        sample_every: Iterations between sample grids, 0 for the end only.
+        keep: Checkpoints that stay.
+        resume: auto continues a run of the same settings in the folder, never refuses one.
+        device: cpu, cuda, or auto.
+        json: Print the final losses as JSON.
+    """
+    rank, where = _join_processes(device)
+    dataset = load_dataset(data)
+    chosen = None if curriculum == "none" else Curriculum.load(curriculum)
+    forward = chosen_process(process, chosen, curriculum)
+    plan = TrainPlan(
+        steps=steps,
+        batch=batch,
+        micro_batches=micro_batches,
+        precision=precision,
+        network=network,
+        prediction=prediction,
+        weight=weight,
+        density=density,
+        stratified=stratified,
+        lr=lr,
+        lr_schedule=lr_schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        ema_decay=ema_decay,
+        conditional=conditional,
+        label_dropout=label_dropout,
+        seed=seed,
+    )
+    cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
+    bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or rank > 0 or None)
+
+    def watch(trainer: Trainer, loss: float) -> None:
+        bar.update(trainer.done - bar.n)
+        if trainer.done % 50 == 0:
+            bar.set_postfix_str(
+                f"stage {trainer.sampler.stage + 1}/{trainer.sampler.stages}, loss {loss:.4f}", refresh=False
+            )
+
+    trainer = train(
+        dataset,
+        forward,
+        plan,
+        out,
+        chosen,
+        cadence=cadence,
+        resume=resume,
+        device=where,
+        watch=watch,
+        tell=lambda message: tqdm.write(message, file=sys.stderr),
+        show=lambda samples, path: save_grid(samples, path, dataset.value_range),
+    )
+    bar.close()
+    if rank > 0:
+        return
+    write_bytes(out / "command.txt", (shlex.join(["training", *sys.argv[1:]]) + "\n").encode())
+    figures = draw_folder(out)
+    tasks = HeldOut(dataset, forward, chosen_tasks(chosen, forward))
+    measured = tasks.evaluate(trainer.ema)
+    if json:
+        print(jsonlib.dumps({"out": str(out), "steps": trainer.done, "nats": measured.nats, "loss": measured.loss}))
+        return
+    print(f"{out}: {trainer.done} iterations, held-out nats {measured.nats:.2f}, loss {measured.loss:.5f}")
+    for record in trainer.sampler.log():
+        print(f"  stage {record.stage + 1}: iterations {record.start} to {record.end}, {record.reason}")
+    print(f"  figures: {', '.join(str(path) for path in figures if path.suffix == '.png')}")
+
+
+def _join_processes(device: str) -> tuple[int, str]:
+    """Rank of this process and its device; joins the others if torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, chosen_device(device)
+    import torch.distributed as dist
+
+    where = chosen_device(device)
+    if where == "cuda":
+        where = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), where
