@@ -1,16 +1,17 @@
 """Denoising networks: plain torch modules ``forward(x, log_snr) -> output`` of the shape of x.
 
 The noise level enters as log-SNR, never as t, so that one network serves every process. Siblings: an MLP for vectors
-and small images, a small convolutional UNet, and a small DiT (Peebles & Xie 2023, arXiv 2212.09748). All start by
-predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
+and small images, a small convolutional UNet, and the DiT (Peebles & Xie 2023, arXiv 2212.09748) from tiny to XL. All
+start by predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
 """
 
-__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network", "own_function"]
+__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network", "own_function"]
 
 import functools
 import importlib.util
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, choose
 from difficulty.randomness import torch_generator
 from difficulty.specs import build
 
@@ -159,24 +161,47 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
+# Width, depth and heads; S to XL as in the paper's table 1, tiny for images of 8x8 to 32x32 pixels on a CPU.
+DIT_SIZES: Mapping[str, tuple[int, int, int]] = {
+    "tiny": (64, 3, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
 class DiT(nn.Module):
     """Diffusion transformer on image patches.
 
+    It differs from the paper's in two details: positions are learned, and the last layer does not predict a variance.
+
     Args:
         shape: (channels, height, width) of one sample.
-        width: token width, divisible by ``heads``.
+        width: token width, divisible by ``heads``; 0 takes that of ``size``, likewise below.
         depth: blocks.
         heads: attention heads.
         patch: side of a patch; must divide height and width.
+        size: a name in ``DIT_SIZES``.
 
     Raises:
-        InputError: if the samples are not images of a divisible size.
+        InputError: if the size is unknown, or the samples are not images of a divisible size.
     """
 
+    recompute = False  # whether blocks are computed again in the backward pass, to save memory
+
     def __init__(
-        self, shape: tuple[int, ...], width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2
+        self,
+        shape: tuple[int, ...],
+        width: int = 0,
+        depth: int = 0,
+        heads: int = 0,
+        patch: int = 2,
+        size: str = "tiny",
     ) -> None:
         super().__init__()
+        named = choose("size of a dit", size, DIT_SIZES)
+        width, depth, heads = (own or default for own, default in zip((width, depth, heads), named, strict=True))
         channels, height, image_width = _image_shape("dit", shape)
         if height % patch or image_width % patch:
             raise InputError(f"a dit with patches of {patch} needs sides divisible by it, got {shape}")
@@ -200,7 +225,10 @@ class DiT(nn.Module):
         tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
         h = self.first(tokens) + self.position
         for block in self.blocks:
-            h = block(h, embedding)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, embedding, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, embedding)
         shift, scale = self.modulation(F.silu(embedding))[:, None].chunk(2, -1)
         patches = self.last(self.norm(h) * (1 + scale) + shift).transpose(1, 2)
         return F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)
@@ -213,14 +241,16 @@ def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+# The paper's names, as in DiT-XL/2.
+DIT_NAME = re.compile(r"dit-(tiny|s|b|l|xl)/(\d+)(?::(.*))?", re.IGNORECASE)
 
 
 def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
     """A network by name, with options as in ``mlp:width=256,depth=4``, its initial weights given by the seed.
 
     Args:
-        spec: a name in ``NETWORKS``, or ``FILE.py:FACTORY`` for the user's own: ``FACTORY(shape)`` must return a torch
-            module with ``forward(x, log_snr)``. The file is executed.
+        spec: a name in ``NETWORKS``, a DiT by the paper's name as in ``dit-s/2``, or ``FILE.py:FACTORY`` for the user's
+            own: ``FACTORY(shape)`` must return a torch module with ``forward(x, log_snr)``. The file is executed.
         shape: of one sample.
         seed: of the initial weights.
 
@@ -234,7 +264,8 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
         if file.endswith(".py"):
             network = own_function(Path(file), name)(shape)
         else:
-            network = build("network", spec, {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()})
+            known = {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()}
+            network = build("network", _plain(spec), known)
     check_network(network, spec, shape)
     return network
 
@@ -270,6 +301,16 @@ def own_function(path: Path, name: str) -> Callable[..., Any]:
     if not callable(getattr(module, name, None)):
         raise InputError(f"{path} defines no function or class {name!r}")
     return getattr(module, name)
+
+
+def _plain(spec: str) -> str:
+    """``dit-s/2`` in the form of the other names, ``dit:size=S,patch=2``."""
+    match = DIT_NAME.fullmatch(spec)
+    if match is None:
+        return spec
+    size, patch, more = match.groups()
+    size = size.lower() if size.lower() == "tiny" else size.upper()
+    return f"dit:size={size},patch={patch}" + (f",{more}" if more else "")
 
 
 def _for_shape(factory: Callable[..., nn.Module], shape: tuple[int, ...]) -> Callable[..., nn.Module]:

@@ -8,7 +8,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
 from difficulty.experts import ExpertPlan, train_experts
 from difficulty.laws import gaussian
-from difficulty.networks import NETWORKS, build_network
+from difficulty.networks import DIT_SIZES, NETWORKS, DiT, build_network
 from difficulty.prediction import PREDICTIONS
 from difficulty.process import PROCESSES, get_process
 from difficulty.tasks import make_tasks
@@ -128,9 +128,46 @@ def test_networks_that_do_not_fit_cost_one_sentence(tmp_path, monkeypatch, spec,
     [
         ("dit:patch=3", (1, 8, 8), "patches of 3"),
         ("dit:width=30", (1, 8, 8), "cannot be split over 4 heads"),
+        ("dit:size=huge", (1, 8, 8), "known are tiny, S, B, L, XL"),
+        ("dit-s/3", (1, 8, 8), "patches of 3"),
         ("unet:levels=3", (1, 6, 6), "divisible by 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(network, shape, message):
     with pytest.raises(InputError, match=message):
         build_network(network, shape, 0)
+
+
+# Peebles & Xie 2023, table 4: millions of parameters on 4x32x32 latents, with 1000 classes and the null class.
+PAPER = {
+    "s/2": 33, "s/4": 33, "s/8": 33, "b/2": 130, "b/4": 130, "b/8": 131,
+    "l/2": 458, "l/4": 458, "l/8": 459, "xl/2": 675, "xl/4": 675, "xl/8": 676,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_dit_sizes_have_the_parameter_counts_of_the_paper(name):
+    size, _, patch = name.partition("/")
+    with torch.device("meta"):
+        network = DiT((4, 32, 32), size=size.upper(), patch=int(patch))
+        classes = torch.nn.Embedding(1001, DIT_SIZES[size.upper()][0])
+    count = sum(p.numel() for module in (network, classes) for p in module.parameters())
+    assert count / 1e6 == pytest.approx(PAPER[name], rel=0.01, abs=0.6)
+
+
+def test_a_dit_by_the_papers_name_is_the_one_of_that_size_and_patch():
+    short, plain = (build_network(spec, (1, 8, 8), 0) for spec in ("DiT-tiny/4", "dit:size=tiny,patch=4"))
+    assert all(torch.equal(a, b) for a, b in zip(short.parameters(), plain.parameters(), strict=True))
+    assert short.patch == 4
+    assert len(build_network("dit-s/4:depth=1,width=48", (1, 8, 8), 0).blocks) == 1
+
+
+def test_recomputed_blocks_have_the_gradient_of_stored_ones():
+    network, x = build_network("dit", (1, 8, 8), 0), torch.randn(4, 1, 8, 8)
+    torch.nn.init.normal_(network.last.weight)
+    gradients = []
+    for network.recompute in (False, True):
+        network.zero_grad()
+        network(x, torch.zeros(4)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
