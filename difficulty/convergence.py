@@ -23,7 +23,7 @@ Intervals (90 %) join two errors: that of the finite set of held-out draws, and 
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
 """
 
-__all__ = ["DEFINITIONS", "convergence_table", "loss_table"]
+__all__ = ["DEFINITIONS", "best_known", "convergence_table", "loss_table"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
     if curves.excess is not None:
         excess_draws = 0.5 * curves.excess.astype(np.float64)
     else:
-        best = _best_known(curves)
+        best = best_known(curves)
         floor = best.mean(1)
         excess_draws = 0.5 * (curves.losses.astype(np.float64) - best[:, None])
     S, K, C, M = curves.losses.shape
@@ -91,8 +91,9 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
     )
 
 
-def _best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
-    """Losses per draw (K, M) of the denoiser with the least mean loss of each task."""
+def best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
+    """Losses per draw (K, M) of the denoiser with the least mean loss of each task: every expert at every checkpoint,
+    and the one known beforehand."""
     S, K, C, M = curves.losses.shape
     experts = curves.losses.transpose(1, 0, 2, 3).reshape(K, S * C, M).astype(np.float64)
     candidates = np.concatenate([experts, curves.floor[:, None]], axis=1)

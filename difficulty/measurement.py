@@ -1,8 +1,9 @@
 """The measurement of task difficulty from data to ranking: experts, relative entropy, and the folder they are kept in.
 
 A measurement folder holds run.json, process.csv, losses.csv, convergence.csv and stability.csv (experts),
-relative_entropy.csv (marginals), ranking.json, and figures drawn from these files. ``rank_folder`` makes ranking.json
-again from the tables.
+relative_entropy.csv (marginals), ranking.json, and figures drawn from these files; where the floor is the best known
+loss, floor.npy holds it per held-out draw, so that another model can be compared with it draw by draw. ``rank_folder``
+makes ranking.json again from the tables.
 """
 
 __all__ = ["MEASURES", "Measurement", "measure", "rank_folder"]
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from difficulty.convergence import convergence_table, loss_table
+from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.experts import ExpertPlan, build_expert, train_experts
@@ -30,12 +31,14 @@ from difficulty.records import (
     read_run,
     read_table,
     start_run,
+    write_array,
     write_table,
 )
 from difficulty.relative_entropy import ESTIMATORS, kl
 from difficulty.stability import stability_sentences, stability_table
 from difficulty.tasks import Task, make_tasks
 
+FLOOR_FILE = "floor.npy"  # (K, M): loss of the best known denoiser of each task on its held-out draws
 PARTIAL_EXPERTS = "experts.partial.safetensors"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]
@@ -156,6 +159,8 @@ def _measure_convergence(request: _Request) -> None:
         progress=request.report("experts"),
     )
     losses = loss_table(curves, plan.seeds, plan.batch)
+    if curves.excess is None:
+        write_array(request.out / FLOOR_FILE, best_known(curves).astype(np.float32))
     write_table(request.out / "losses.csv", losses)
     write_table(request.out / "convergence.csv", convergence_table(losses, plan.budget))
     write_table(request.out / "stability.csv", stability_table(losses, plan.budget))

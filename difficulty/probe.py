@@ -6,7 +6,8 @@ within each task. probe.csv has one row per task:
     heldout_loss  E |eps - eps_hat|^2 summed over dimensions, with its standard error
     floor         the Bayes loss of an exact law; else the best loss that a measurement of experts knows
                   (``floor_from``), else that of a Gaussian denoiser; there the model itself may be the best
-    excess_nats   (loss - floor)/2, nats per unit log-SNR, with its 90 % interval over draws
+    excess_nats   (loss - floor)/2, nats per unit log-SNR, with its 90 % interval over draws; of an exact law
+                  E |eps_hat - E[eps | x_t]|^2 / 2, the same without the noise of the floor
     linear_loss   loss of the Gaussian denoiser: a task in which the model is no better was hardly trained
 
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
@@ -22,16 +23,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
 from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.intervals import Z90
+from difficulty.measurement import FLOOR_FILE
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
-from difficulty.records import finish_run, read_run, read_table, start_run, write_table
+from difficulty.records import finish_run, read_array, read_run, start_run, write_table
 from difficulty.tasks import Task, make_tasks
 
 PROBE_COLUMNS = (
@@ -85,7 +88,7 @@ def probe(
     chosen = _process_of(model, process)
     cut = make_tasks(chosen, tasks, grid)
     fixed = heldout_draws(dataset, cut, draws)
-    best = None if floor_from is None else _experts_floor(floor_from, dataset, chosen, cut)
+    best = None if floor_from is None else _experts_floor(floor_from, dataset, chosen, cut, draws)
     _evaluate(model, chosen, fixed, 0, slice(0, 1))  # refused here, before anything is written, if it does not fit
     config = {
         "model": model.name,
@@ -101,13 +104,14 @@ def probe(
     began = time.monotonic()
     run = start_run(out, "probe", config)
     write_process(out, chosen)
-    losses = np.empty((len(cut), draws))
+    estimates = torch.empty_like(fixed.eps)
     for k in range(len(cut)):
         for start in range(0, draws, batch):
-            losses[k, start : start + batch] = _evaluate(model, chosen, fixed, k, slice(start, start + batch))
+            rows = slice(start, start + batch)
+            estimates[k, rows] = _evaluate(model, chosen, fixed, k, rows)
         if progress is not None:
             progress(k + 1, len(cut))
-    table = _table(dataset, chosen, cut, fixed, losses, best)
+    table = _table(dataset, chosen, cut, fixed, estimates, best)
     write_table(out / "probe.csv", table)
     warnings = _warnings(table)
     estimate = Estimate(
@@ -144,8 +148,8 @@ def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
     return model.process
 
 
-def _evaluate(model: TrainedModel, process: Process, draws: HeldOutDraws, task: int, rows: slice) -> Array:
-    """|eps - eps_hat|^2 summed over dimensions for some draws of a task."""
+def _evaluate(model: TrainedModel, process: Process, draws: HeldOutDraws, task: int, rows: slice) -> Tensor:
+    """The model's estimate of eps at some draws of a task."""
     x0, eps, t = draws.x0[task, rows], draws.eps[task, rows], draws.t[task, rows]
     shape = (-1, *(1,) * (x0.ndim - 1))
     alpha, sigma = (torch.as_tensor(a, dtype=torch.float32)[t].reshape(shape) for a in (process.alpha, process.sigma))
@@ -159,39 +163,40 @@ def _evaluate(model: TrainedModel, process: Process, draws: HeldOutDraws, task: 
         raise InputError(f"{model.name} cannot take samples of shape {tuple(x0.shape[1:])} ({reason})") from None
     if tuple(estimate.shape) != tuple(x0.shape):
         raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
-    return (estimate.double() - eps.double()).square().flatten(1).sum(1).numpy()
+    return estimate
 
 
-def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list[Task]) -> Array:
-    """Best known loss per task of a measurement on the same draws."""
+def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list[Task], draws: int) -> Array:
+    """Best known loss (K, M) of a measurement on the same draws."""
+    if dataset.law is not None:
+        raise InputError(f"the Bayes loss of {dataset.name} is known exactly; leave the floor of {folder} out")
     run = read_run(folder, "measure")
     process.check_fingerprint(run["config"]["process_fingerprint"], str(folder))
     if run["config"]["dataset_fingerprint"] != dataset.fingerprint:
         raise InputError(f"{folder} was measured on other data; measure {dataset.name} first")
-    table = read_table(folder / "losses.csv", ["task", "floor"]).groupby("task")["floor"].first()
     recorded = [(task.t_first, task.t_last) for task in Ranking.load(folder).tasks]
     if recorded != [(task.first, task.last) for task in tasks]:
         raise InputError(f"{folder} has other tasks; probe with its --tasks and --grid")
-    return table.to_numpy(dtype=np.float64)
+    best = read_array(folder / FLOOR_FILE)
+    if best.shape != (len(tasks), draws):
+        raise InputError(f"{folder} was measured on {best.shape[-1]} draws per task; probe with as many, not {draws}")
+    return best.astype(np.float64)
 
 
 def _table(
-    dataset: Dataset, process: Process, tasks: list[Task], draws: HeldOutDraws, losses: Array, best: Array | None
+    dataset: Dataset, process: Process, tasks: list[Task], draws: HeldOutDraws, estimates: Tensor, best: Array | None
 ) -> pd.DataFrame:
-    count = losses.shape[1]
+    count = draws.t.shape[1]
+    losses = _squared(estimates, draws.eps)
     flat = (draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
-    linear = posterior_eps_at(wiener(dataset), process, *flat) - flat[1].double()
-    linear_losses = linear.square().flatten(1).sum(1).reshape(losses.shape).numpy()
-    if dataset.law is not None:
-        floor, kind = floor_losses(dataset, process, draws)[0], "exact"
-        excess = 0.5 * (losses - floor)
-        mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
-        floor_mean = floor.mean(1)
-    else:
-        floor_mean, kind = (linear_losses.mean(1), "linear") if best is None else (best, "upper_bound")
-        mean = 0.5 * (losses.mean(1) - floor_mean)
-        paired = losses - linear_losses if best is None else losses
-        se = 0.5 * paired.std(1, ddof=1) / np.sqrt(count)
+    linear_losses = _squared(posterior_eps_at(wiener(dataset), process, *flat).reshape(draws.eps.shape), draws.eps)
+    floor, posterior = floor_losses(dataset, process, draws)
+    kind = "exact"
+    if posterior is None:
+        floor, kind = (linear_losses, "linear") if best is None else (best, "upper_bound")
+    # Paired draw by draw: the noise that both share cancels.
+    excess = 0.5 * (losses - floor if posterior is None else _squared(estimates, posterior))
+    mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
     gain = linear_losses - losses
     return pd.DataFrame(
         {
@@ -200,7 +205,7 @@ def _table(
             "t_last": [task.last for task in tasks],
             "heldout_loss": losses.mean(1),
             "heldout_se": losses.std(1, ddof=1) / np.sqrt(count),
-            "floor": floor_mean,
+            "floor": floor.mean(1),
             "floor_kind": kind,
             "excess_nats": mean,
             "excess_se": se,
@@ -211,6 +216,11 @@ def _table(
             "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
         }
     )
+
+
+def _squared(estimates: Tensor, goal: Tensor) -> Array:
+    """Squared distance summed over dimensions, (K, M)."""
+    return (estimates.double() - goal.double()).square().flatten(2).sum(2).numpy()
 
 
 def _warnings(table: pd.DataFrame) -> list[str]:

@@ -9,10 +9,12 @@ __all__ = [
     "check_columns",
     "fingerprint_array",
     "finish_run",
+    "read_array",
     "read_json",
     "read_run",
     "read_table",
     "start_run",
+    "write_array",
     "write_bytes",
     "write_json",
     "write_table",
@@ -92,6 +94,27 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     buffer = io.StringIO()
     table.to_csv(buffer, index=False, float_format=FLOAT_FORMAT, lineterminator="\n")
     write_bytes(path, buffer.getvalue().encode())
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array as .npy, atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """Read a .npy file.
+
+    Raises:
+        InputError: if it is missing, truncated or foreign.
+    """
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; the folder is incomplete, run the measurement again") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not a readable array ({error}); run the measurement again") from None
 
 
 def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:

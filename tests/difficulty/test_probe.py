@@ -221,5 +221,13 @@ def test_a_floor_of_other_data_or_tasks_is_refused(tmp_path):
     model = exact_model(gaussian(2, 1.0))
     found = probe(model, tmp_path / "a.npy", out=tmp_path / "p", tasks=3, draws=64, floor_from=tmp_path / "m")
     assert (found.table["floor_kind"] == "upper_bound").all()
+    experts = pd.read_csv(tmp_path / "m" / "losses.csv").groupby("task")["floor"].first()
+    np.testing.assert_allclose(found.table["floor"], experts, rtol=1e-6)
     refused("other tasks", model, tmp_path / "a.npy", out=tmp_path / "q", tasks=4, floor_from=tmp_path / "m")
-    refused("other data", model, "grid-2d:n=60", out=tmp_path / "q", tasks=3, floor_from=tmp_path / "m")
+    refused("known exactly", model, "grid-2d:n=60", out=tmp_path / "q", tasks=3, floor_from=tmp_path / "m")
+    np.save(tmp_path / "b.npy", np.random.default_rng(1).standard_normal((60, 2)).astype(np.float32))
+    refused("other data", model, tmp_path / "b.npy", out=tmp_path / "q", tasks=3, floor_from=tmp_path / "m")
+    refused("64 draws", model, tmp_path / "a.npy", out=tmp_path / "q", tasks=3, draws=32, floor_from=tmp_path / "m")
+    (tmp_path / "m" / "floor.npy").write_bytes(b"half")
+    refused("not a readable array", model, tmp_path / "a.npy", out=tmp_path / "q", tasks=3, draws=64,
+            floor_from=tmp_path / "m")  # fmt: skip
