@@ -3,8 +3,8 @@
 A curriculum holds tasks (intervals of t with their boundaries as t, u, sigma and log-SNR), clusters of tasks in
 training order, a base density of t, and a pacing rule. Stage n trains on the first n clusters together
 (``accumulate``) or on the n-th alone; after the last stage training is on all t. Under every stage t follows the base
-density restricted to the timesteps of the stage. The file states the process by its fingerprint and is refused for any
-other.
+density restricted to the timesteps of the stage; the base density itself may change at stated shares of the budget
+(``density_phases``). The file states the process by its fingerprint and is refused for any other.
 
 Reading the file needs no code of this project; its fields are described by ``curriculum.schema.json`` beside this
 module, which is generated from the models below, and in docs/curriculum-json.md.
@@ -15,6 +15,7 @@ __all__ = [
     "Cluster",
     "Curriculum",
     "DensityField",
+    "DensityPhase",
     "PacingField",
     "interval_curriculum",
     "known_process",
@@ -73,6 +74,13 @@ class DensityField(_Record):
     task_mass: list[float] = Field(description="Probability of each task under the density; sums to 1.")
 
 
+class DensityPhase(_Record):
+    """A base density that replaces the one before it."""
+
+    start: float = Field(gt=0, lt=1, description="Share of the budget at which it takes over.")
+    density: DensityField
+
+
 class Curriculum(_Record):
     """Content of curriculum.json."""
 
@@ -83,6 +91,9 @@ class Curriculum(_Record):
     accumulate: bool = Field(True, description="Whether a stage keeps the clusters of the stages before it.")
     pacing: PacingField
     density: DensityField
+    density_phases: list[DensityPhase] = Field(
+        default_factory=list, description="Base densities of later parts of the run, in order; `density` comes first."
+    )
     provenance: dict[str, Any] = Field(default_factory=dict, description="Where the order comes from.")
 
     @model_validator(mode="after")
@@ -112,9 +123,13 @@ class Curriculum(_Record):
         if len(held) != len(self.tasks):
             missing = sorted(set(range(len(self.tasks))) - set(held))
             raise ValueError(f"task {missing[0]} is in no cluster and would never be trained before the last stage")
-        mass = self.density.task_mass
-        if len(mass) != len(self.tasks) or min(mass) < 0 or abs(sum(mass) - 1) > 1e-6:
-            raise ValueError("density.task_mass must hold one non-negative number per task with sum 1")
+        for field in self._densities:
+            mass = field.task_mass
+            if len(mass) != len(self.tasks) or min(mass) < 0 or abs(sum(mass) - 1) > 1e-6:
+                raise ValueError("density.task_mass must hold one non-negative number per task with sum 1")
+        starts = [phase.start for phase in self.density_phases]
+        if sorted(set(starts)) != starts:
+            raise ValueError(f"density_phases must start one after the other, got starts {starts}")
         check_pacing(self.pacing.rule, self.pacing.options)
         return self
 
@@ -141,6 +156,10 @@ class Curriculum(_Record):
         write_json(Path(path), self.model_dump())
 
     @property
+    def _densities(self) -> list[DensityField]:
+        return [self.density, *(phase.density for phase in self.density_phases)]
+
+    @property
     def sha256(self) -> str:
         """Hash of the content, independent of the file's layout."""
         return _sha256(self.model_dump())
@@ -159,19 +178,23 @@ class Curriculum(_Record):
                     f"{source}: task {task.index} begins at t = {task.t_first}, where log-SNR is {true:.4g}, "
                     f"but it says {task.log_snr_high:.4g}; change both or neither"
                 )
-        if self.density.name != "table":
-            mass = task_masses(density(self.density.name, process), self.tasks)
-            if not np.allclose(mass, self.density.task_mass, atol=1e-6):
-                raise InputError(
-                    f"{source}: density.task_mass is not that of density {self.density.name!r}; "
-                    "name the density 'table' to use the masses as they stand"
-                )
+        for field in self._densities:
+            if field.name != "table":
+                mass = task_masses(density(field.name, process), self.tasks)
+                if not np.allclose(mass, field.task_mass, atol=1e-6):
+                    raise InputError(
+                        f"{source}: density.task_mass is not that of density {field.name!r}; "
+                        "name the density 'table' to use the masses as they stand"
+                    )
 
-    def base_density(self, process: Process) -> Array:
-        """Probability of each t before any stage narrows it, shape (T+1,)."""
-        if self.density.name == "table":
-            return from_task_masses(self.density.task_mass, self.tasks)
-        return density(self.density.name, process)
+    def base_densities(self, process: Process) -> list[tuple[float, Array]]:
+        """Share of the budget from which each base density holds, the first being 0, and p[t] of shape (T+1,)."""
+        starts = [0.0, *(phase.start for phase in self.density_phases)]
+        tables = [
+            from_task_masses(field.task_mass, self.tasks) if field.name == "table" else density(field.name, process)
+            for field in self._densities
+        ]
+        return list(zip(starts, tables, strict=True))
 
     def stages(self) -> list[list[int]]:
         """Tasks of every stage in turn; the last stage holds all of them."""

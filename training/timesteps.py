@@ -3,7 +3,8 @@
 A uniform number u, given by (seed, step, rank) alone, is mapped through the inverse CDF of the current density of t:
     t = min { t : F(t) > u },    F(t) = sum_{t' <= t} p(t').
 Two samplers with the same seed see the same u whatever their densities, which pairs the runs that are compared; two
-ranks take different parts of one draw. The current density is the base density restricted to the tasks of the stage.
+ranks take different parts of one draw. The current density is the base density restricted to the tasks of the stage;
+a curriculum may change the base density at stated shares of the budget, its phases.
 One cluster of all tasks and no curriculum at all go through the same arithmetic and draw the same t.
 """
 
@@ -29,7 +30,9 @@ from training.streams import TIMESTEPS
 
 @dataclass
 class StageRecord:
-    """One stage of a run: iterations start..end-1, why it ended, and how many samples each t has had."""
+    """One stage of a run, or the part of it under one base density: iterations start..end-1, why it ended, and how
+    many samples each t has had.
+    """
 
     stage: int
     tasks: list[int]
@@ -70,11 +73,16 @@ class TimestepSampler:
         if curriculum is not None:
             curriculum.validate_for(process)
         self.T, self.seed, self.stratified, self.curriculum = process.T, seed, stratified, curriculum
-        if base_density is None:
-            base_density = curriculum.base_density(process) if curriculum else "uniform"
-        self.base = density(base_density, process) if isinstance(base_density, str) else normalised(base_density)
-        if self.base.shape != (self.T + 1,) or self.base[0] != 0:
-            raise InputError(f"a density of t needs shape ({self.T + 1},) with 0 first, got {self.base.shape}")
+        if base_density is None and curriculum is not None:
+            phases = curriculum.base_densities(process)
+        else:
+            name = "uniform" if base_density is None else base_density
+            phases = [(0.0, density(name, process) if isinstance(name, str) else normalised(name))]
+        self.phase_starts = [round(start * budget) for start, _ in phases]
+        self.bases = [table for _, table in phases]
+        for table in self.bases:
+            if table.shape != (self.T + 1,) or table[0] != 0:
+                raise InputError(f"a density of t needs shape ({self.T + 1},) with 0 first, got {table.shape}")
         stages = curriculum.stages() if curriculum else [[0]]
         self.stage_masks = [self._mask(tasks) for tasks in stages]
         self.pacing: Pacing = (
@@ -82,9 +90,7 @@ class TimestepSampler:
             if curriculum
             else Fraction(1, budget)
         )
-        with np.errstate(divide="ignore"):
-            table = np.where(self.base > 0, 1 / (self.T * self.base), 0.0) if reweight else np.ones(self.T + 1)
-        self.weight_of_t = torch.as_tensor(table, dtype=torch.float32)
+        self.reweight = reweight
         self.stage_tasks = stages
         self.records: list[StageRecord] = []
         self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
@@ -124,13 +130,17 @@ class TimestepSampler:
         return t.to(device), self.weight_of_t[t].to(device)
 
     def advance(self, step: int) -> None:
-        """Go to the stage of iteration ``step``; ``sample`` does this by itself."""
+        """Go to the stage and the base density of iteration ``step``; ``sample`` does this by itself."""
         while self.stage < self.stages - 1:
-            reason = self.pacing.due(self.stage, self.records[-1].start, step)
+            reason = self.pacing.due(self.stage, self.stage_start, step)
             if reason is None:
-                return
+                break
             self._leave(step, reason)
             self._enter(self.stage + 1, step)
+        phase = self._phase(step)
+        if phase != self._phase(self.records[-1].start):
+            self._leave(step, f"base density {phase + 1} of {len(self.bases)} takes over")
+            self._open_record(self.stage, step)
 
     def update(self, loss: Tensor | float, t: Tensor | None = None) -> None:
         """Report the batch loss of the iteration just sampled.
@@ -179,7 +189,7 @@ class TimestepSampler:
         """
         total = np.zeros(self.T + 1)
         for record in self.log():
-            restricted = np.where(self.stage_masks[record.stage], self.base, 0.0)
+            restricted = self._restricted(record)
             total += sum(record.samples_per_t) * restricted / restricted.sum()
         return total / total.sum()
 
@@ -203,7 +213,7 @@ class TimestepSampler:
             raise InputError("the saved sampler belongs to another curriculum or seed; start a new run")
         self.records = [StageRecord(**record) for record in state["records"]]
         self.counts = torch.tensor(self.records[-1].samples_per_t, dtype=torch.int64)
-        self._set_density(self.stage)
+        self._set_density()
         self.pacing.load_state_dict(state["pacing"])
 
     def _mask(self, tasks: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -214,24 +224,43 @@ class TimestepSampler:
         for index in tasks:
             task = self.curriculum.tasks[index]
             mask[task.t_first : task.t_last + 1] = True
-        if not self.base[mask].sum() > 0:
+        if not all(base[mask].sum() > 0 for base in self.bases):
             raise InputError(f"the base density is zero on a whole stage (tasks {list(tasks)}); it would train nothing")
         return mask
 
+    @property
+    def stage_start(self) -> int:
+        """Iteration at which the current stage began."""
+        return next(record.start for record in self.records if record.stage == self.stage)
+
+    def _phase(self, step: int) -> int:
+        """Number of the base density of an iteration."""
+        return int(np.searchsorted(self.phase_starts, step, side="right")) - 1
+
     def _enter(self, stage: int, step: int) -> None:
+        self.pacing.begin_stage(stage)
+        self._open_record(stage, step)
+
+    def _open_record(self, stage: int, step: int) -> None:
         self.records.append(StageRecord(stage, list(self.stage_tasks[stage]), step))
         self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
-        self.pacing.begin_stage(stage)
-        self._set_density(stage)
+        self._set_density()
 
     def _leave(self, step: int, reason: str) -> None:
         record = self.records[-1]
         record.end, record.reason, record.samples_per_t = step, reason, self.counts.tolist()
 
-    def _set_density(self, stage: int) -> None:
-        cdf = np.cumsum(np.where(self.stage_masks[stage], self.base, 0.0))
+    def _restricted(self, record: StageRecord) -> Array:
+        return np.where(self.stage_masks[record.stage], self.bases[self._phase(record.start)], 0.0)
+
+    def _set_density(self) -> None:
+        cdf = np.cumsum(self._restricted(self.records[-1]))
         # Divided by its own end, so that the end is exactly 1 and no u < 1 falls behind it.
         self.cdf = cdf / cdf[-1]
+        base = self.bases[self._phase(self.records[-1].start)]
+        with np.errstate(divide="ignore"):
+            table = np.where(base > 0, 1 / (self.T * base), 0.0) if self.reweight else np.ones(self.T + 1)
+        self.weight_of_t = torch.as_tensor(table, dtype=torch.float32)
 
 
 def stage_rows(sampler: TimestepSampler, tasks: Sequence[Interval]) -> list[dict[str, Any]]:

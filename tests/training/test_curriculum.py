@@ -8,7 +8,7 @@ import pytest
 import training
 from difficulty.errors import InputError
 from difficulty.process import get_process
-from training.curriculum import Curriculum, interval_curriculum, make_curriculum, schema
+from training.curriculum import Curriculum, DensityPhase, interval_curriculum, make_curriculum, schema
 from training.density import task_masses
 
 SCHEMA = Path(training.__file__).parent / "curriculum.schema.json"
@@ -153,7 +153,7 @@ def test_boundary_that_was_edited_in_t_but_not_in_log_snr_is_refused(curriculum,
 def test_table_density_follows_the_masses_in_the_file(curriculum, process):
     masses = [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
     table = Curriculum.model_validate(_changed(curriculum, _set("density", {"name": "table", "task_mass": masses})))
-    assert np.allclose(task_masses(table.base_density(process), table.tasks), masses)
+    assert np.allclose(task_masses(table.base_densities(process)[0][1], table.tasks), masses)
 
 
 def test_edited_masses_of_a_named_density_are_refused(curriculum, process):
@@ -168,7 +168,20 @@ def test_measured_density_draws_hard_tasks_more_often_and_is_a_table_for_other_r
     assert measured.density.name == "table"
     mass, value = np.array(measured.density.task_mass), np.array(ranking.measures["excess_nats"].value)
     assert np.allclose(mass, 0.5 / 8 + 0.5 * value / value.sum())
-    assert np.allclose(task_masses(measured.base_density(process), measured.tasks), mass)
+    assert np.allclose(task_masses(measured.base_densities(process)[0][1], measured.tasks), mass)
     assert measured.provenance["density"] == "measured:power=1,uniform_share=0.5"
     with pytest.raises(InputError, match="power and uniform_share"):
         make_curriculum(ranking, k=3, base_density="measured:exponent=1")
+
+
+def test_later_base_densities_are_kept_in_the_file_and_checked(curriculum, process, tmp_path):
+    half = DensityPhase(start=0.5, density=curriculum.density)
+    changed = curriculum.with_clusters(curriculum.clusters, density_phases=[half.model_dump()])
+    changed.save(tmp_path / "curriculum.json")
+    assert Curriculum.load(tmp_path / "curriculum.json") == changed
+    assert [start for start, _ in changed.base_densities(process)] == [0.0, 0.5]
+    with pytest.raises(ValueError, match="one after the other"):
+        curriculum.with_clusters(curriculum.clusters, density_phases=[half.model_dump()] * 2)
+    wrong = half.model_dump() | {"density": {"name": "log-snr", "task_mass": curriculum.density.task_mass}}
+    with pytest.raises(InputError, match="not that of density 'log-snr'"):
+        curriculum.with_clusters(curriculum.clusters, density_phases=[wrong]).validate_for(process)

@@ -135,3 +135,51 @@ def test_density_that_leaves_a_stage_nothing_to_train_is_refused(process, curric
 def test_curriculum_of_another_process_is_refused_by_the_sampler(curriculum):
     with pytest.raises(InputError):
         TimestepSampler(get_process("vp-linear"), curriculum, budget=10)
+
+
+def _with_phases(curriculum):
+    """The clean half only from 30 % on, the noisy half only from 70 % on."""
+    def phase(start, mass):
+        return {"start": start, "density": {"name": "table", "task_mass": mass}}
+
+    clean, noisy = [0.25] * 4 + [0.0] * 4, [0.0] * 4 + [0.25] * 4
+    return curriculum.with_clusters(curriculum.clusters, density_phases=[phase(0.3, clean), phase(0.7, noisy)])
+
+
+def test_base_density_changes_at_its_share_of_the_budget_and_the_log_says_so(process, one_cluster):
+    changing = _with_phases(one_cluster)
+    sampler = TimestepSampler(process, changing, budget=100, seed=0)
+    drawn = [sampler.sample(500, step=step)[0].numpy() for step in range(100)]
+    sampler.finish(100)
+    early, middle, late = (np.concatenate(drawn[a:b]) for a, b in ((0, 30), (30, 70), (70, 100)))
+    assert (early.min(), early.max()) == (1, 80)
+    assert (middle.min(), middle.max()) == (1, 40)
+    assert (late.min(), late.max()) == (41, 80)
+    assert [(r.stage, r.start, r.end) for r in sampler.log()] == [(0, 0, 30), (0, 30, 70), (0, 70, 100)]
+    assert "base density 2 of 3" in sampler.log()[0].reason
+    counts = np.bincount(np.concatenate(drawn), minlength=81)[1:]
+    assert stats.chisquare(counts, sampler.exposure()[1:] * counts.sum()).pvalue > 1e-3
+
+
+def test_a_stage_goes_on_when_the_base_density_changes_in_it(process, curriculum):
+    # stages end at 20 % and 40 % of the budget, as without phases
+    slow = {"pacing": {"rule": "fraction", "options": {"share": 0.4}}}
+    plain = TimestepSampler(process, curriculum.with_clusters(curriculum.clusters, **slow), budget=100)
+    phased = {"density_phases": [{"start": 0.3, "density": curriculum.density.model_dump()}]}
+    changing = TimestepSampler(process, curriculum.with_clusters(curriculum.clusters, **slow, **phased), budget=100)
+    for step in range(100):
+        assert (plain.sample(20, step=step)[0] == changing.sample(20, step=step)[0]).all()
+        assert (plain.stage, plain.stage_start) == (changing.stage, changing.stage_start)
+    assert [record.start for record in changing.log()] == [0, 20, 30, 40]
+
+
+def test_resumed_sampler_knows_the_base_density_of_its_step(process, one_cluster):
+    changing = _with_phases(one_cluster)
+    first = TimestepSampler(process, changing, budget=100, seed=1)
+    for step in range(50):
+        first.sample(8, step=step)
+    second = TimestepSampler(process, changing, budget=100, seed=1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(50, 100):
+        assert (first.sample(8, step=step)[0] == second.sample(8, step=step)[0]).all()
+    assert first.log() == second.log()
