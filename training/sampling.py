@@ -1,20 +1,25 @@
-"""Samplers in closed form for every process: from x_T = sigma_T eps down a grid of t to clean data.
+"""Samplers for every process: from x_T = sigma_T eps down a grid of t to clean data.
 
-One step goes from (alpha, sigma) to (alpha', sigma') with the estimates x0 and eps of the denoiser. The probability
-flow is dx = x0 dalpha + eps dsigma along any process, so that siblings differ only in how they integrate it:
+The probability flow is dx = x0 dalpha + eps dsigma along any process, with the denoiser's estimates x0 and eps. In the
+coordinate y = x/alpha, s = sigma/alpha it is dy = eps ds. Siblings differ in how they integrate it and on which grid:
 
-    ddim       x' = alpha' x0 + sigma' eps; Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0. This is Euler's
-               step for EDM and for flow matching
-    heun       x' = x + dalpha (x0 + x0')/2 + dsigma (eps + eps')/2, primes at Euler's step; Karras et al. 2022, alg. 1
-    ancestral  x' ~ q(x' | x, x0), the Gaussian posterior; Ho et al. 2020, eq. 7
+    ddim          x' = alpha' x0 + sigma' eps; Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0
+    euler         x' = x + dalpha x0 + dsigma eps, the Euler step of a flow's velocity (Lipman et al. 2023, arXiv
+                  2210.02747); as x = alpha x0 + sigma eps it is the step of ddim, and the two names share one function
+    heun          x' = x + dalpha (x0 + x0')/2 + dsigma (eps + eps')/2, primes at Euler's step: Heun for a flow's velocity
+    edm-heun      Heun's step of dy = eps ds on the grid of s with rho = 7; Karras et al. 2022, arXiv 2206.00364, alg. 1
+    ancestral     x' ~ q(x' | x, x0), the Gaussian posterior; Ho et al. 2020, eq. 7
+    dpm-solver++  second-order multistep; Lu et al. 2022, arXiv 2211.01095, alg. 2, by diffusers' DPMSolverMultistepScheduler
 
-Start and added noise come from the seed alone, so that two networks are sampled with the same noise.
+All but edm-heun take steps of equal width in t. What divides by alpha (edm-heun, dpm-solver++) or cannot read x0 where
+alpha = 0 (prediction of eps, score or edm) starts one timestep below such a T. Timesteps are whole numbers: a network
+knows no others. Start and added noise come from the seed alone, so that two networks are sampled with the same noise.
 """
 
-__all__ = ["SAMPLERS", "draw_samples", "sampling_grid"]
+__all__ = ["SAMPLERS", "Sampler", "draw_samples", "sampling_grid"]
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -24,15 +29,17 @@ from torch import Tensor
 
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
-from difficulty.process import Process
+from difficulty.process import Array, Process
 from difficulty.randomness import normal
 from training.conditional import Guided, LabelledNetwork
 from training.streams import PRIOR, SAMPLER
 
 CHUNK = 1024  # samples per forward pass
+KARRAS_RHO = 7.0
 
-Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-Step = Callable[[Estimate, Process, Tensor, Tensor, int, int], Tensor]  # x, noise to add, t, next t
+Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # x, t -> x0, eps
+Noise = Callable[[int], Tensor]  # number of the step -> standard normal of the shape of x
+Solve = Callable[[Estimate, Process, list[int], Tensor, Noise], Tensor]
 
 
 class Estimator(Protocol):
@@ -45,48 +52,118 @@ class Estimator(Protocol):
         """Estimate of x0, shape of x_t."""
 
 
-def _ddim(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
-    x0, eps = estimate(x, t)
-    return float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
+def _euler(estimate: Estimate, process: Process, grid: list[int], x: Tensor, noise: Noise) -> Tensor:
+    for t, s in pairwise(grid):
+        x0, eps = estimate(x, t)
+        x = float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
+    return x
 
 
-def _heun(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
-    x0, eps = estimate(x, t)
-    euler = float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
-    if s == 0:  # there is nothing to denoise at clean data
-        return euler
-    x0_next, eps_next = estimate(euler, s)
-    d_alpha, d_sigma = float(process.alpha[s] - process.alpha[t]), float(process.sigma[s] - process.sigma[t])
-    return x + d_alpha * 0.5 * (x0 + x0_next) + d_sigma * 0.5 * (eps + eps_next)
+def _heun(estimate: Estimate, process: Process, grid: list[int], x: Tensor, noise: Noise) -> Tensor:
+    for t, s in pairwise(grid):
+        x0, eps = estimate(x, t)
+        euler = float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
+        if s == 0:  # there is nothing to denoise at clean data
+            return euler
+        x0_next, eps_next = estimate(euler, s)
+        d_alpha, d_sigma = float(process.alpha[s] - process.alpha[t]), float(process.sigma[s] - process.sigma[t])
+        x = x + d_alpha * 0.5 * (x0 + x0_next) + d_sigma * 0.5 * (eps + eps_next)
+    return x
 
 
-def _ancestral(estimate: Estimate, process: Process, x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
-    x0, _ = estimate(x, t)
-    if s == 0:
-        return x0
-    ratio = process.alpha[t] / process.alpha[s]
-    kept = process.sigma[s] ** 2 / process.sigma[t] ** 2
-    added = process.sigma[t] ** 2 - ratio**2 * process.sigma[s] ** 2
-    mean = float(ratio * kept) * x + float(process.alpha[s] * added / process.sigma[t] ** 2) * x0
-    return mean + float(np.sqrt(max(added * kept, 0.0))) * noise
+def _edm_heun(estimate: Estimate, process: Process, grid: list[int], x: Tensor, noise: Noise) -> Tensor:
+    for t, s in pairwise(grid):
+        x0, eps = estimate(x, t)
+        euler = float(process.alpha[s]) * x0 + float(process.sigma[s]) * eps
+        if s == 0:
+            return euler
+        _, eps_next = estimate(euler, s)
+        d_scale = float(process.sigma[s] / process.alpha[s] - process.sigma[t] / process.alpha[t])
+        x = euler + float(process.alpha[s]) * d_scale * 0.5 * (eps_next - eps)
+    return x
 
 
-SAMPLERS: Mapping[str, Step] = {"ddim": _ddim, "heun": _heun, "ancestral": _ancestral}
+def _ancestral(estimate: Estimate, process: Process, grid: list[int], x: Tensor, noise: Noise) -> Tensor:
+    for number, (t, s) in enumerate(pairwise(grid)):
+        x0, _ = estimate(x, t)
+        if s == 0:
+            return x0
+        ratio = process.alpha[t] / process.alpha[s]
+        kept = process.sigma[s] ** 2 / process.sigma[t] ** 2
+        added = process.sigma[t] ** 2 - ratio**2 * process.sigma[s] ** 2
+        mean = float(ratio * kept) * x + float(process.alpha[s] * added / process.sigma[t] ** 2) * x0
+        x = mean + float(np.sqrt(max(added * kept, 0.0))) * noise(number)
+    return x
 
 
-def sampling_grid(process: Process, steps: int, prediction: str) -> list[int]:
-    """Timesteps from noisy to clean, ending in 0.
+def _dpm_solver(estimate: Estimate, process: Process, grid: list[int], x: Tensor, noise: Noise) -> Tensor:
+    try:
+        from diffusers import DPMSolverMultistepScheduler
+    except ImportError:
+        raise InputError("sampler 'dpm-solver++' needs diffusers; install denoising-difficulty[diffusers]") from None
+    # The scheduler works on variance-preserving scales. Every process is one after division by sqrt(alpha^2 + sigma^2),
+    # which changes no log-SNR, and it is given the sigma/alpha of the grid instead of its own float32 table.
+    scale = np.hypot(process.alpha, process.sigma)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.set_timesteps(timesteps=[t - 1 for t in grid[:-1]])
+    scheduler.sigmas = torch.tensor([process.sigma[t] / process.alpha[t] for t in grid], dtype=torch.float32)
+    x = x / float(scale[grid[0]])
+    for t in grid[:-1]:
+        x0, _ = estimate(float(scale[t]) * x, t)
+        x = scheduler.step(x0, t - 1, x, return_dict=False)[0]
+    return x
 
-    A prediction from which x0 cannot be read where alpha = 0 starts one timestep below.
+
+def _even_in_t(process: Process, start: int, steps: int) -> Array:
+    return np.linspace(start, 1, steps)
+
+
+def _karras(process: Process, start: int, steps: int) -> Array:
+    """t at which sigma/alpha is that of Karras et al. 2022, eq. 5, between those of start and t = 1."""
+    ends = [(process.sigma[t] / process.alpha[t]) ** (1 / KARRAS_RHO) for t in (start, 1)]
+    inner = process.t_at(-2 * np.log(np.linspace(*ends, steps)[1:-1] ** KARRAS_RHO))
+    return np.concatenate([[start], inner, [1]])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to data.
+
+    Args:
+        solve: integrates from x at the first t of the grid to t = 0.
+        spacing: (process, start, steps) -> real t from start to 1, shape (steps,), steps >= 2.
+        divides_by_alpha: whether it cannot start where alpha = 0.
+        evaluations: network evaluations per step.
+    """
+
+    solve: Solve
+    spacing: Callable[[Process, int, int], Array] = _even_in_t
+    divides_by_alpha: bool = False
+    evaluations: int = 1
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": Sampler(_euler),
+    "euler": Sampler(_euler),
+    "heun": Sampler(_heun, evaluations=2),
+    "edm-heun": Sampler(_edm_heun, _karras, divides_by_alpha=True, evaluations=2),
+    "ancestral": Sampler(_ancestral),
+    "dpm-solver++": Sampler(_dpm_solver, divides_by_alpha=True),
+}
+
+
+def sampling_grid(process: Process, steps: int, prediction: str, method: str = "ddim") -> list[int]:
+    """Timesteps from noisy to clean, ending in 0; neighbours that round to one timestep are one step.
 
     Raises:
-        InputError: if steps is not in 1..T.
+        InputError: if the method is unknown or steps is not in 1..T.
     """
+    sampler = choose("sampler", method, SAMPLERS)
     if not 1 <= steps <= process.T:
         raise InputError(f"sampling steps must lie in 1..T = {process.T}, got {steps}")
-    blind = process.alpha[-1] == 0 and prediction in ("eps", "score", "edm")
-    start = process.T - 1 if blind else process.T
-    inner = np.rint(np.linspace(start, 1, steps)).astype(int) if steps > 1 else np.array([start])
+    blind = sampler.divides_by_alpha or prediction in ("eps", "score", "edm")
+    start = process.T - 1 if blind and process.alpha[-1] == 0 else process.T
+    inner = np.rint(sampler.spacing(process, start, steps)).astype(int) if steps > 1 else np.array([start])
     return [*dict.fromkeys(inner.tolist()), 0]
 
 
@@ -111,7 +188,7 @@ def draw_samples(
         shape: of one sample.
         seed: names the noise.
         method: a name in ``SAMPLERS``.
-        steps: network evaluations, twice as many for heun.
+        steps: steps of the grid; each takes one network evaluation, with heun and edm-heun two.
         labels: wanted classes (count,) for a conditional denoiser.
         guidance: see `conditional.py`; 1 is the conditional model itself.
 
@@ -119,30 +196,29 @@ def draw_samples(
         float32 (count, *shape) on the CPU.
 
     Raises:
-        InputError: if the method is unknown, steps does not fit, or labels are given to an unconditional denoiser.
+        InputError: if the method is unknown, steps does not fit, labels are given to an unconditional denoiser, or
+            the method needs a package that is missing.
     """
-    step = choose("sampler", method, SAMPLERS)
     if labels is not None and not (isinstance(denoiser, Denoiser) and isinstance(denoiser.network, LabelledNetwork)):
         raise InputError("this model was trained without labels; sample it without them")
     process = denoiser.process
-    grid = sampling_grid(process, steps, denoiser.prediction)
-    start = float(process.sigma[grid[0]]) * normal((count, *shape), seed, PRIOR, 0, 0)
-
+    grid = sampling_grid(process, steps, denoiser.prediction, method)
     models = [
         Guided(denoiser, labels[first : first + CHUNK].to(device), guidance)
         if labels is not None and isinstance(denoiser, Denoiser)
         else denoiser
         for first in range(0, count, CHUNK)
     ]
-    x = start.to(device)
-    for number, (t, s) in enumerate(pairwise(grid)):
-        noise = normal((count, *shape), seed, SAMPLER, number, 0).to(device) if method == "ancestral" and s else x
-        parts = zip(models, x.split(CHUNK), noise.split(CHUNK), strict=True)
-        x = torch.cat([step(partial(_estimate, model), process, part, z, t, s) for model, part, z in parts])
-    return x.cpu()
 
+    def estimate(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        parts = zip(models, x.split(CHUNK), strict=True)
+        x0 = torch.cat([
+            model.x0(part, torch.full((len(part),), t, dtype=torch.int64, device=part.device)) for model, part in parts
+        ])  # fmt: skip
+        return x0, (x - float(process.alpha[t]) * x0) / float(process.sigma[t])
 
-def _estimate(model: Estimator, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """(x0, eps) at one timestep for all samples."""
-    x0 = model.x0(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
-    return x0, (x - float(model.process.alpha[t]) * x0) / float(model.process.sigma[t])
+    def noise(number: int) -> Tensor:
+        return normal((count, *shape), seed, SAMPLER, number, 0).to(device)
+
+    start = float(process.sigma[grid[0]]) * normal((count, *shape), seed, PRIOR, 0, 0)
+    return SAMPLERS[method].solve(estimate, process, grid, start.to(device), noise).cpu()

@@ -41,7 +41,7 @@ def sample(
         folder: Folder of `training run`.
         output: Array file .npz; a .png of the same name is drawn beside it. Default: samples.npz in the folder.
         count: Samples.
-        method: Sampler: ddim, heun or ancestral.
+        method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler.
         labels: Wanted classes of a conditional run, repeated in turn; default: all of them.
         guidance: Classifier-free guidance; 1 is the conditional model itself.
@@ -98,7 +98,7 @@ def evaluate(
         data: The data set that the run was trained on.
         metrics: Of the samples; the name says the distance and the features.
         samples: Samples that are judged.
-        method: Sampler: ddim, heun or ancestral.
+        method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler.
         guidance: Of a conditional run, whose samples are also judged by a separate classifier.
         seed: Of the noise.
