@@ -4,12 +4,12 @@ The probability flow is dx = x0 dalpha + eps dsigma along any process, with the 
 coordinate y = x/alpha, s = sigma/alpha it is dy = eps ds. Siblings differ in how they integrate it and on which grid:
 
     ddim          x' = alpha' x0 + sigma' eps; Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0
-    euler         x' = x + dalpha x0 + dsigma eps, the Euler step of a flow's velocity (Lipman et al. 2023, arXiv
-                  2210.02747); as x = alpha x0 + sigma eps it is the step of ddim, and the two names share one function
-    heun          x' = x + dalpha (x0 + x0')/2 + dsigma (eps + eps')/2, primes at Euler's step: Heun for a flow's velocity
-    edm-heun      Heun's step of dy = eps ds on the grid of s with rho = 7; Karras et al. 2022, arXiv 2206.00364, alg. 1
+    euler         x' = x + dalpha x0 + dsigma eps, Euler's step along a flow's velocity (Lipman et al. 2023, arXiv
+                  2210.02747); as x = alpha x0 + sigma eps it is ddim's, and the two names share one function
+    heun          x' = x + dalpha (x0 + x0')/2 + dsigma (eps + eps')/2, primes at Euler's step: Heun for flows
+    edm-heun      Heun's step of dy = eps ds, even in s^(1/7); Karras et al. 2022, arXiv 2206.00364, alg. 1 and eq. 5
     ancestral     x' ~ q(x' | x, x0), the Gaussian posterior; Ho et al. 2020, eq. 7
-    dpm-solver++  second-order multistep; Lu et al. 2022, arXiv 2211.01095, alg. 2, by diffusers' DPMSolverMultistepScheduler
+    dpm-solver++  second-order multistep; Lu et al. 2022, arXiv 2211.01095, alg. 2, by the scheduler of diffusers
 
 All but edm-heun take steps of equal width in t. What divides by alpha (edm-heun, dpm-solver++) or cannot read x0 where
 alpha = 0 (prediction of eps, score or edm) starts one timestep below such a T. Timesteps are whole numbers: a network
@@ -120,8 +120,8 @@ def _even_in_t(process: Process, start: int, steps: int) -> Array:
 
 def _karras(process: Process, start: int, steps: int) -> Array:
     """t at which sigma/alpha is that of Karras et al. 2022, eq. 5, between those of start and t = 1."""
-    ends = [(process.sigma[t] / process.alpha[t]) ** (1 / KARRAS_RHO) for t in (start, 1)]
-    inner = process.t_at(-2 * np.log(np.linspace(*ends, steps)[1:-1] ** KARRAS_RHO))
+    first, last = (float(process.sigma[t] / process.alpha[t]) ** (1 / KARRAS_RHO) for t in (start, 1))
+    inner = process.t_at(-2 * KARRAS_RHO * np.log(np.linspace(first, last, steps)[1:-1]))
     return np.concatenate([[start], inner, [1]])
 
 
