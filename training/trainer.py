@@ -7,7 +7,7 @@ samples and noise in every step, whatever their curriculum, density or weight: t
 and a resumed run equal to one that was never stopped. The learning rate is a function of the step and has no state.
 """
 
-__all__ = ["LR_SCHEDULES", "PRECISIONS", "Diverged", "TrainPlan", "Trainer"]
+__all__ = ["LR_SCHEDULES", "PRECISIONS", "Diverged", "TrainPlan", "Trainer", "ema_share"]
 
 import contextlib
 import copy
@@ -213,10 +213,7 @@ class Trainer:
             self._sum_over_processes(total)
         # The same number on every process, so that all of them stop, or all go on.
         if not torch.isfinite(total):
-            raise Diverged(
-                f"the loss became {float(total)} at step {step}; lower the learning rate (now {plan.lr:g}) "
-                "or check the data and the loss weight"
-            )
+            raise Diverged(self.divergence(float(total), step))
         if plan.clip:
             nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), plan.clip)
         for group in self.optimizer.param_groups:
@@ -226,6 +223,13 @@ class Trainer:
         self.done += 1
         self.sampler.update(total)
         return total
+
+    def divergence(self, loss: float, step: int) -> str:
+        """What to say when a loss is not finite."""
+        return (
+            f"the loss became {loss} at step {step}; lower the learning rate (now {self.plan.lr:g}) "
+            "or check the data and the loss weight"
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.plan.precision == "fp32":  # even a disabled autocast costs time in a small network
@@ -303,10 +307,14 @@ def number_of_classes(data: Dataset) -> int:
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+def ema_share(decay: float, updates: int) -> float:
+    """Share of the current weights in the moving average after ``updates`` earlier ones."""
+    return 1 - min(decay, (1 + updates) / (10 + updates))
+
+
 def _ema_with_warmup(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     @torch.no_grad()
     def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(averaged, current, ema_share(decay, int(updates)))
 
     return update
