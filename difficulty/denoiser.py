@@ -8,8 +8,9 @@ multiple of the input: for a prediction a x0 + b eps (`prediction.py`) and m = s
 
 A hidden layer narrower than the data could not pass the noise through, and a task would look hard for a reason that is
 not the task's; the baseline passes it. EDM's skip connection is this baseline (Karras et al. 2022, eq. 7). Without it
-the output is the prediction itself, as in networks made elsewhere. Losses are squared errors summed over the D
-dimensions.
+the output is the prediction itself. A network with a ``convention`` of its own (`diffusers_network.py`) says how its
+input is scaled and what it is told in place of the log-SNR, and has no baseline. Losses are squared errors summed over
+the D dimensions.
 """
 
 __all__ = ["Denoiser"]
@@ -26,7 +27,8 @@ class Denoiser(nn.Module):
     """A network bound to a process and a prediction.
 
     Args:
-        network: ``forward(x, log_snr)`` with x of shape (B, *) and log_snr (B,), returning the shape of x.
+        network: ``forward(x, log_snr)`` with x of shape (B, *) and log_snr (B,), returning the shape of x; with a
+            method ``convention(process)`` it is given what that says instead.
         process: gives alpha, sigma at t = 1..T.
         prediction: a name in ``PREDICTIONS``.
         data_std: root mean square of the data about 0, for the input scale and the baseline; positive.
@@ -39,6 +41,8 @@ class Denoiser(nn.Module):
     alpha: Tensor
     sigma: Tensor
     log_snr: Tensor
+    input_scale: Tensor
+    told: Tensor
 
     def __init__(
         self, network: nn.Module, process: Process, prediction: str, data_std: float, *, baseline: bool = True
@@ -48,11 +52,15 @@ class Denoiser(nn.Module):
         if not data_std > 0:
             raise InputError(f"data_std must be positive, got {data_std}; data that are all zero cannot be learned")
         self.network, self.process, self.prediction = network, process, prediction
-        self.data_std, self.baseline = data_std, baseline
+        self.foreign = hasattr(network, "convention")
+        self.data_std, self.baseline = data_std, baseline and not self.foreign
         # Tables indexed by t; the entry of t = 0 is never read. Built in float64 and stored in float32.
         log_snr = process.log_snr([*range(process.T + 1)])
         for name, table in (("alpha", process.alpha), ("sigma", process.sigma), ("log_snr", log_snr)):
             self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
+        if self.foreign:
+            for name, table in zip(("input_scale", "told"), network.convention(process), strict=True):  # type: ignore[operator]
+                self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at integer t (B,) or (E, B), with trailing ones to broadcast against ``like``."""
@@ -66,6 +74,8 @@ class Denoiser(nn.Module):
             x_t: shape (B, *).
             t: integer timesteps 1..T, shape (B,).
         """
+        if self.foreign:
+            return self.network(self.input_scale[t].reshape(self.scales(t, x_t)[0].shape) * x_t, self.told[t])
         alpha, sigma = self.scales(t, x_t)
         variance = (alpha * self.data_std).square() + sigma.square()
         output = self.network(x_t * variance.rsqrt(), self.log_snr[t])

@@ -7,13 +7,10 @@ text networks zeros as embeddings.
 
 __all__ = ["DENOISER_FILE", "TrainedModel", "load_denoiser", "load_model", "save_denoiser"]
 
-import functools
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,16 +18,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difficulty.denoiser import Denoiser
+from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component
 from difficulty.errors import InputError
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import EDM_SIGMA_DATA, to_eps
 from difficulty.process import Process, from_arrays
-from difficulty.records import read_json, write_bytes
+from difficulty.records import write_bytes
 from difficulty.schedulers import ScheduledProcess, process_from_scheduler
 
 DENOISER_FILE = "denoiser.safetensors"
 DENOISER_FORMAT = "denoising-difficulty/denoiser/1"
-BACKBONES = ("unet", "transformer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,38 +122,20 @@ def load_model(spec: str | Path) -> TrainedModel:
 
 
 def _from_diffusers(folder: Path) -> TrainedModel:
-    try:
-        import diffusers
-    except ImportError:
-        raise InputError(f"{folder} needs diffusers; install denoising-difficulty[diffusers]") from None
     parts = {name: folder / name for name in BACKBONES if (folder / name / "config.json").exists()}
     backbone = next(iter(parts.values()), folder)
     schedules = [folder / "scheduler", folder, folder.parent / "scheduler"]
     schedule = next((place for place in schedules if (place / "scheduler_config.json").exists()), None)
     if schedule is None:
         raise InputError(f"{folder} holds no scheduler; save it beside the model with scheduler.save_pretrained")
-    network = _component(diffusers, backbone, "config.json").eval()
-    scheduled = process_from_scheduler(_component(diffusers, schedule, "scheduler_config.json"))
+    network = DiffusersNetwork(load_component(backbone, "config.json")).eval()
+    scheduled = process_from_scheduler(load_component(schedule, "scheduler_config.json"))
     return TrainedModel(str(folder), scheduled.process, _eps_of(network, scheduled))
 
 
-def _component(diffusers: Any, folder: Path, config: str) -> Any:
-    """The model or scheduler that a folder saved by ``save_pretrained`` holds."""
-    content = read_json(folder / config)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    loader = getattr(diffusers, kind, None) if isinstance(kind, str) else None
-    if loader is None:
-        raise InputError(f"{folder / config} names {kind!r}, which diffusers {diffusers.__version__} does not have")
-    options = {"use_safetensors": True} if config == "config.json" else {}
-    try:
-        return loader.from_pretrained(folder, **options)
-    except Exception as error:  # diffusers raises many kinds for missing or truncated weights
-        raise InputError(f"cannot load {kind} from {folder} ({str(error).splitlines()[0]})") from None
-
-
-def _eps_of(network: Any, scheduled: ScheduledProcess) -> Callable[[Tensor, Tensor], Tensor]:
+def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess) -> Callable[[Tensor, Tensor], Tensor]:
     """The network's estimate of eps as a function of (x_t, t)."""
-    process, condition = scheduled.process, _null_condition(network)
+    process = scheduled.process
     alphas, sigmas, timesteps = (
         torch.as_tensor(a, dtype=torch.float32) for a in (process.alpha, process.sigma, scheduled.model_timesteps)
     )
@@ -165,41 +144,9 @@ def _eps_of(network: Any, scheduled: ScheduledProcess) -> Callable[[Tensor, Tens
         shape = (-1, *(1,) * (x_t.ndim - 1))
         alpha, sigma = alphas[t].reshape(shape), sigmas[t].reshape(shape)
         scale = (alpha.square() * EDM_SIGMA_DATA**2 + sigma.square()).rsqrt() if scheduled.unit_input else 1.0
-        arguments = {key: make(len(x_t)) for key, make in condition.items()}
-        output = network(x_t * scale, timestep=timesteps[t], return_dict=False, **arguments)[0]
-        # A network that also learns the variance returns it as a second half of the channels.
-        output = output[:, : x_t.shape[1]]
+        output = network(x_t * scale, timesteps[t])
         if output.shape != x_t.shape:
             raise InputError(f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}; give data of its size")
         return to_eps(scheduled.prediction, output, x_t, alpha, sigma)
 
     return eps
-
-
-def _zeros(width: int, n: int) -> Tensor:
-    """One token of zeros for each sample, (n, 1, width)."""
-    return torch.zeros(n, 1, width)
-
-
-def _null_condition(network: Any) -> dict[str, Callable[[int], Tensor]]:
-    """What a conditional diffusers network is given for "no condition": by argument, a function of the batch size."""
-    config = network.config
-    makers: dict[str, Callable[[int], Tensor]] = {}
-    for name, parameter in inspect.signature(network.forward).parameters.items():
-        if name == "class_labels" and config.get("num_embeds_ada_norm"):
-            makers[name] = lambda n: torch.full((n,), config["num_embeds_ada_norm"], dtype=torch.long)
-        elif name == "class_labels" and config.get("num_class_embeds"):
-            makers[name] = lambda n: torch.full((n,), config["num_class_embeds"] - 1, dtype=torch.long)
-        elif name == "encoder_hidden_states":
-            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
-            if width:
-                makers[name] = functools.partial(_zeros, width)
-        elif name == "pooled_projections" and config.get("pooled_projection_dim"):
-            makers[name] = lambda n: torch.zeros(n, config["pooled_projection_dim"])
-        elif (
-            parameter.default is inspect.Parameter.empty
-            and name not in ("sample", "hidden_states", "timestep")
-            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        ):
-            raise InputError(f"{type(network).__name__} needs {name!r}; probe it as FILE.py:FUNCTION instead")
-    return makers

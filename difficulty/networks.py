@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from difficulty.diffusers_network import diffusers_network
 from difficulty.errors import InputError, choose
-from difficulty.randomness import torch_generator
+from difficulty.randomness import seeded_torch
 from difficulty.specs import build
 
 FREQUENCIES = 16
@@ -241,6 +242,7 @@ def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+FROM_DIFFUSERS = "diffusers:"
 # The paper's names, as in DiT-XL/2.
 DIT_NAME = re.compile(r"dit-(tiny|s|b|l|xl)/(\d+)(?::(.*))?", re.IGNORECASE)
 
@@ -249,8 +251,10 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
     """A network by name, with options as in ``mlp:width=256,depth=4``, its initial weights given by the seed.
 
     Args:
-        spec: a name in ``NETWORKS``, a DiT by the paper's name as in ``dit-s/2``, or ``FILE.py:FACTORY`` for the user's
-            own: ``FACTORY(shape)`` must return a torch module with ``forward(x, log_snr)``. The file is executed.
+        spec: a name in ``NETWORKS``; a DiT by the paper's name as in ``dit-s/2``; ``diffusers:PATH`` for a model of
+            diffusers, PATH being a config.json or a folder of ``save_pretrained``; or ``FILE.py:FACTORY`` for the
+            user's own: ``FACTORY(shape)`` must return a torch module with ``forward(x, log_snr)``. The file is
+            executed.
         shape: of one sample.
         seed: of the initial weights.
 
@@ -258,10 +262,11 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
         InputError: if the name or an option is unknown, or the network does not fit the shape.
     """
     file, _, name = spec.rpartition(":")
-    # Initialisers read torch's global generator; it is seeded for the call and restored after it.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_generator(seed).initial_seed())
-        if file.endswith(".py"):
+    network: nn.Module
+    with seeded_torch(seed):  # initialisers read torch's global generator
+        if spec.startswith(FROM_DIFFUSERS):
+            network = diffusers_network(Path(spec.removeprefix(FROM_DIFFUSERS)))
+        elif file.endswith(".py"):
             network = own_function(Path(file), name)(shape)
         else:
             known = {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()}

@@ -4,7 +4,10 @@ Two runs that ask for the same counters get the same numbers, whatever else they
 counters get independent ones. numpy's Philox is a counter-based generator with a 128-bit key.
 """
 
-__all__ = ["normal", "stream", "torch_generator", "uniform"]
+__all__ = ["normal", "seeded_torch", "stream", "torch_generator", "uniform"]
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,3 +31,11 @@ def uniform(shape: tuple[int, ...], *counters: int) -> torch.Tensor:
 def torch_generator(*counters: int) -> torch.Generator:
     """A torch generator seeded from the counters, for torch functions that want one (initial weights, laws)."""
     return torch.Generator().manual_seed(int(stream(*counters).integers(2**63)))
+
+
+@contextlib.contextmanager
+def seeded_torch(*counters: int) -> Iterator[None]:
+    """torch's global generators seeded from the counters, for code of others that reads them, and put back after it."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(torch_generator(*counters).initial_seed())
+        yield

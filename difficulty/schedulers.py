@@ -4,10 +4,11 @@
     flow matching   sigmas:  alpha = 1 - sigma, with the scheduler's shift; the model is given the scheduler's timesteps
     EDM             sigmas:  alpha = 1; the model is given 0.25 log sigma; inputs and outputs are preconditioned
 
-Schedulers list noise first; here noise increases with t, so their tables are turned round.
+Schedulers list noise first; here noise increases with t, so their tables are turned round. ``scheduler_for`` goes the
+other way.
 """
 
-__all__ = ["ScheduledProcess", "process_from_scheduler"]
+__all__ = ["ScheduledProcess", "process_from_scheduler", "scheduler_for"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,3 +93,31 @@ def _from_edm(scheduler: Any, name: str) -> ScheduledProcess:
 
 
 READERS: Mapping[str, Callable[[Any, str], ScheduledProcess]] = {"FlowMatch": _from_flow, "EDM": _from_edm}
+
+
+def scheduler_for(process: Process, prediction: str) -> Any:
+    """The diffusers scheduler that samples a model of this process and prediction: DDIM, or Euler for flow matching.
+
+    Raises:
+        InputError: if diffusers is missing, or has no scheduler that an unconditional pipeline could use.
+    """
+    try:
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+    except ImportError:
+        raise InputError("a scheduler needs diffusers; install denoising-difficulty[diffusers]") from None
+    alpha, sigma, u = process.alpha, process.sigma, np.arange(process.T + 1) / process.T
+    if prediction == "velocity" and np.allclose([alpha, sigma], [1 - u, u], atol=1e-9):
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=process.T)
+    types = {own: theirs for theirs, own in PREDICTION_TYPES.items()}
+    if prediction in types and np.allclose(alpha**2 + sigma**2, 1, atol=1e-9) and alpha[-1] > 0:
+        return DDIMScheduler(
+            num_train_timesteps=process.T,
+            trained_betas=(1 - (alpha[1:] / alpha[:-1]) ** 2).tolist(),
+            prediction_type=types[prediction],
+            clip_sample=False,
+            timestep_spacing="trailing",  # the only spacing whose steps are as long as DDIM's formula takes them to be
+        )
+    raise InputError(
+        f"diffusers has no pipeline for process {process.name!r} with prediction {prediction!r}; it has them for vp-* "
+        "with eps, x0 or v, and for flow-matching with velocity"
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from difficulty.commandline import run_cli
 from training.commands.compare import compare, quickstart
+from training.commands.export import export
 from training.commands.order import cluster, validate
 from training.commands.outcome import evaluate, plot, sample
 from training.commands.run import run
@@ -19,6 +20,7 @@ SUBCOMMANDS: Mapping[str, Callable[..., Any]] = {
     "quickstart": quickstart,
     "sample": sample,
     "evaluate": evaluate,
+    "export": export,
     "plot": plot,
 }
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
+from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
 from difficulty.process import Process
 
@@ -38,30 +39,40 @@ class JointEmbedding(nn.Module):
 
 
 class LabelledNetwork(nn.Module):
-    """One of the project's networks with labels: ``forward(x, log_snr, labels)``.
+    """A network with labels: ``forward(x, log_snr, labels)``.
 
     Args:
-        network: has an ``embedding`` of log-SNR, as all in ``difficulty.networks`` do.
+        network: has an ``embedding`` of log-SNR, as all in ``difficulty.networks`` do, or is a ``DiffusersNetwork``,
+            whose model embeds the classes itself.
         classes: number of classes C; label C means that no class is given.
 
     Raises:
-        InputError: if the network has no such embedding.
+        InputError: if the network has no such embedding, or room for fewer classes.
     """
 
     def __init__(self, network: nn.Module, classes: int) -> None:
         super().__init__()
+        self.classes = classes
+        self.network: nn.Module = network
+        if isinstance(network, DiffusersNetwork):
+            self.convention = network.convention
+            if network.null_label < classes:
+                name, room = type(network.model).__name__, network.null_label
+                raise InputError(f"{name} has room for {room} classes besides the null class, not for {classes}")
+            return
         if not isinstance(getattr(network, "embedding", None), nn.Module):
             raise InputError(f"{type(network).__name__} has no embedding of log-SNR that a label could join")
-        self.classes = classes
         noise: nn.Module = network.embedding  # type: ignore[assignment]
         width = noise(torch.zeros(1)).shape[-1]
         network.embedding = JointEmbedding(noise, classes, width)
-        self.network = network
 
     def forward(self, x: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         """Without labels the unconditional estimate."""
         if labels is None:
             labels = torch.full_like(log_snr, self.classes)
+        if isinstance(self.network, DiffusersNetwork):
+            own = torch.where(labels == self.classes, self.network.null_label, labels)
+            return self.network(x, log_snr, own.long())
         return self.network(x, torch.stack([log_snr, labels.to(log_snr)], -1))
 
 

@@ -4,7 +4,7 @@ Streams are told apart by the second counter. Four counters are always given: nu
 (seed, 1) would name the same stream as (seed, 1, 0, 0).
 """
 
-__all__ = ["BATCH", "BOOTSTRAP", "HELDOUT", "LABELS", "NOISE", "ORDER", "PRIOR", "SAMPLER", "TIMESTEPS"]
+__all__ = ["BATCH", "BOOTSTRAP", "FORWARD", "HELDOUT", "LABELS", "NOISE", "ORDER", "PRIOR", "SAMPLER", "TIMESTEPS"]
 
 ORDER = 0  # random order of clusters
 BATCH = 1  # which samples form a batch
@@ -15,3 +15,4 @@ PRIOR = 5  # where a sampler starts
 SAMPLER = 6  # the noise that an ancestral sampler adds
 LABELS = 7  # label dropout and labels of samples
 BOOTSTRAP = 8  # projections and resampling in metrics
+FORWARD = 9  # what a network draws in its own forward pass, as dropout does

@@ -23,13 +23,13 @@ from torch.optim.swa_utils import AveragedModel
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
-from difficulty.networks import build_network
+from difficulty.networks import NETWORKS, build_network
 from difficulty.process import Array, Process
-from difficulty.randomness import normal, stream, uniform
+from difficulty.randomness import normal, seeded_torch, stream, uniform
 from training.conditional import LabelledNetwork, given
 from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
-from training.streams import BATCH, LABELS, NOISE
+from training.streams import BATCH, FORWARD, LABELS, NOISE
 from training.timesteps import TimestepSampler
 from training.weights import loss_weights
 
@@ -161,10 +161,12 @@ class Trainer:
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
         self.classes = number_of_classes(data) if plan.conditional else 0
+        # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
+        self.draws = type(network) not in NETWORKS.values()
         if plan.conditional:
             network = LabelledNetwork(network, self.classes)
         self.denoiser = Denoiser(network, process, plan.prediction, data_std).to(self.device)
-        self.averaged = AveragedModel(self.denoiser.network, multi_avg_fn=_ema_with_warmup(plan.ema_decay))
+        self.averaged = AveragedModel(self.denoiser.network, multi_avg_fn=_ema_with_warmup(plan.ema_decay)).eval()
         # The same process and scales around the averaged weights.
         self.ema = copy.copy(self.denoiser)
         self.ema._modules = dict(self.denoiser._modules) | {"network": self.averaged.module}
@@ -204,7 +206,7 @@ class Trainer:
         for first in range(0, share, size):
             part = slice(first, first + size)
             denoiser = self.denoiser if labels is None else given(self.denoiser, labels[part])
-            with self._autocast():
+            with self._autocast(), self._drawing(step, first):
                 losses = denoiser.losses(x0[part], eps[part], t[part])
             loss = (losses.float() * self.loss_weight[t[part]] * weight[part]).sum() / (plan.batch * self.data.dim)
             loss.backward()
@@ -236,6 +238,11 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.plan.precision])
 
+    def _drawing(self, step: int, micro_batch: int) -> contextlib.AbstractContextManager[Any]:
+        if not self.draws:
+            return contextlib.nullcontext()
+        return seeded_torch(self.plan.seed, FORWARD, step, self.rank, micro_batch)
+
     def _sum_over_processes(self, total: Tensor) -> None:
         """Sum gradients and loss over the processes, as one message."""
         gradients = [p.grad for p in self.denoiser.network.parameters() if p.grad is not None]
@@ -261,7 +268,9 @@ class Trainer:
         if every and self.done % every == 0:
             x0, eps, t, labels = heldout.select(self.sampler.active(heldout.t.numpy()))
             told = None if labels is None else labels.to(self.device)
+            self.denoiser.eval()
             losses = eval_losses(self.denoiser, x0.to(self.device), eps.to(self.device), t.to(self.device), told)
+            self.denoiser.train()
             self.sampler.update_heldout(losses.cpu().double().tolist())
 
     def state_dict(self) -> dict[str, Any]:

@@ -164,3 +164,33 @@ def test_batch_that_cannot_be_shared_is_refused(gaussian, process):
 def test_plans_that_cannot_train_are_refused(bad):
     with pytest.raises(InputError):
         TrainPlan(**bad)
+
+
+DROPPING = """
+import torch
+
+class Dropping(torch.nn.Sequential):
+    def __init__(self, shape):
+        super().__init__(torch.nn.Linear(4, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 4))
+
+    def forward(self, x, log_snr):
+        return super().forward(x)
+"""
+
+
+def test_dropout_of_a_users_network_depends_on_seed_and_step_alone_and_is_off_in_the_average(
+    gaussian, process, tmp_path
+):
+    (tmp_path / "own.py").write_text(DROPPING)
+    plan = TrainPlan(**(vars(PLAN) | {"network": f"{tmp_path / 'own.py'}:Dropping"}))
+    whole, losses = _train(gaussian, process, plan)
+    torch.rand(7)
+    first, second = (Trainer(gaussian, process, plan) for _ in range(2))
+    for _ in range(13):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert losses[13:] == [float(second.step()) for _ in range(27)]
+    assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(second), strict=True))
+    x, t = torch.randn(3, 4), torch.tensor([5, 6, 7])
+    assert torch.equal(whole.ema(x, t), whole.ema(x, t))
+    assert not torch.equal(whole.denoiser(x, t), whole.denoiser(x, t))

@@ -68,7 +68,8 @@ def run(
         batch: Samples per iteration, over all processes together.
         micro_batches: Parts into which each process cuts its samples to save memory.
         precision: fp32, or bf16 for the forward and backward pass.
-        network: mlp, unet or dit, with options as in mlp:width=256.
+        network: mlp, unet or dit, with options as in mlp:width=256; dit-s/2 to dit-xl/8; diffusers:config.json or
+            diffusers:FOLDER; or your own as FILE.py:FACTORY.
         prediction: What the network predicts: eps, x0, v, score, velocity or edm.
         weight: Loss weight, such as constant, min-snr:gamma=5 or p2.
         density: Base density of t in place of the curriculum's.

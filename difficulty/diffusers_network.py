@@ -1,0 +1,166 @@
+"""Networks of diffusers as denoising networks here: their models, called by their own conventions.
+
+A diffusers model is given x_t and a timestep and returns the prediction itself, so no baseline is added to it. What it
+is given at t depends on the process, as diffusers' schedulers have it:
+
+    alpha + sigma = 1   x_t                           t: sigma times the number of timesteps (flow matching)
+    alpha = 1           x_t / sqrt(sigma^2 + sd^2)    0.25 log sigma; Karras et al. 2022, table 1, sd = 0.5
+    otherwise           x_t                           t - 1: DDPM's index, counted from 0
+
+A conditional model that is not told its condition gets what stands for none: class models their last class, text models
+one token of zeros.
+"""
+
+__all__ = ["BACKBONES", "DiffusersNetwork", "diffusers_network", "load_component"]
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difficulty.errors import InputError
+from difficulty.prediction import EDM_SIGMA_DATA
+from difficulty.process import Array, Process
+from difficulty.records import read_json
+
+BACKBONES = ("unet", "transformer")
+
+
+class DiffusersNetwork(nn.Module):
+    """A diffusers model as ``forward(x, timestep)``, or ``forward(x, timestep, labels)`` where it knows classes.
+
+    Args:
+        model: a diffusers model whose first two inputs are a sample (B, C, H, W) and a timestep (B,).
+
+    Raises:
+        InputError: if the model needs an input for which there is no neutral value.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.null_condition = _null_condition(model)
+        for module in model.modules():
+            # diffusers drops labels by itself in training, from torch's global generator; here the trainer drops them.
+            if type(module).__name__ == "LabelEmbedding":
+                module.dropout_prob = 0.0
+
+    @property
+    def null_label(self) -> int:
+        """The label that means that no class is given.
+
+        Raises:
+            InputError: if the model knows no classes.
+        """
+        if "class_labels" not in self.null_condition:
+            raise InputError(
+                f"{type(self.model).__name__} knows no classes; set num_class_embeds (of a UNet, one more than there "
+                "are classes) or num_embeds_ada_norm (of a DiT) in its config.json"
+            )
+        return int(self.null_condition["class_labels"](1))
+
+    def convention(self, process: Process) -> tuple[Array, Array]:
+        """What the model is given at each t: the factor on x_t, and the timestep; each of shape (T+1,)."""
+        ones, t = np.ones(process.T + 1), np.arange(process.T + 1, dtype=np.float64)
+        if (process.alpha == 1).all():
+            sigma = np.concatenate([process.sigma[1:2], process.sigma[1:]])  # t = 0 is never asked for
+            return (sigma**2 + EDM_SIGMA_DATA**2) ** -0.5, 0.25 * np.log(sigma)
+        if np.allclose(process.alpha + process.sigma, 1, rtol=0, atol=1e-9):
+            return ones, process.T * process.sigma
+        return ones, t - 1
+
+    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The prediction, shape of x."""
+        arguments = {name: make(len(x)).to(x.device) for name, make in self.null_condition.items()}
+        if labels is not None:
+            arguments["class_labels"] = labels
+        output = self.model(x, timestep=timestep, return_dict=False, **arguments)[0]
+        # A model that also learns the variance returns it as a second half of the channels.
+        return output[:, : x.shape[1]]
+
+
+def diffusers_network(path: Path) -> DiffusersNetwork:
+    """A model from a config.json, with fresh weights, or from a folder of ``save_pretrained``, with the weights there.
+
+    Raises:
+        InputError: if diffusers is missing, or there is no model of its own.
+    """
+    if path.is_dir():
+        parts = [path / name for name in BACKBONES if (path / name / "config.json").exists()]
+        return DiffusersNetwork(load_component(parts[0] if parts else path, "config.json"))
+    content = read_json(path)
+    kind = _class_named_in(content, path)
+    try:
+        return DiffusersNetwork(kind.from_config(content))
+    except InputError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for settings that do not go together
+        raise InputError(f"{path} makes no {kind.__name__} ({str(error).splitlines()[0]})") from None
+
+
+def load_component(folder: Path, config: str) -> Any:
+    """The model (``config.json``) or scheduler (``scheduler_config.json``) that ``save_pretrained`` left in a folder.
+
+    Raises:
+        InputError: if diffusers is missing, does not know the class, or cannot load it.
+    """
+    loader = _class_named_in(read_json(folder / config), folder / config)
+    options = {"use_safetensors": True} if config == "config.json" else {}
+    try:
+        return loader.from_pretrained(folder, **options)
+    except Exception as error:  # diffusers raises many kinds for missing or truncated weights
+        raise InputError(f"cannot load {loader.__name__} from {folder} ({str(error).splitlines()[0]})") from None
+
+
+def _class_named_in(content: Any, source: Path) -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise InputError(f"{source} needs diffusers; install denoising-difficulty[diffusers]") from None
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(f"{source} names {name!r}, which diffusers {diffusers.__version__} does not have")
+    return kind
+
+
+def _zeros(width: int, n: int) -> Tensor:
+    """One token of zeros for each sample, (n, 1, width)."""
+    return torch.zeros(n, 1, width)
+
+
+def _pooled_zeros(width: int, n: int) -> Tensor:
+    return torch.zeros(n, width)
+
+
+def _labels(label: int, n: int) -> Tensor:
+    return torch.full((n,), label, dtype=torch.long)
+
+
+def _null_condition(model: Any) -> dict[str, Callable[[int], Tensor]]:
+    """What a conditional model is given for "no condition": by argument, a function of the batch size."""
+    config = model.config
+    makers: dict[str, Callable[[int], Tensor]] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name == "class_labels" and config.get("num_embeds_ada_norm"):
+            makers[name] = functools.partial(_labels, config["num_embeds_ada_norm"])
+        elif name == "class_labels" and config.get("num_class_embeds"):
+            makers[name] = functools.partial(_labels, config["num_class_embeds"] - 1)
+        elif name == "encoder_hidden_states":
+            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+            if width:
+                makers[name] = functools.partial(_zeros, width)
+        elif name == "pooled_projections" and config.get("pooled_projection_dim"):
+            makers[name] = functools.partial(_pooled_zeros, config["pooled_projection_dim"])
+        elif (
+            parameter.default is inspect.Parameter.empty
+            and name not in ("sample", "hidden_states", "timestep")
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ):
+            raise InputError(f"{type(model).__name__} needs {name!r}, for which there is no neutral value")
+    return makers

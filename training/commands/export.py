@@ -1,0 +1,23 @@
+"""``training export``: a run as a diffusers folder."""
+
+__all__ = ["export"]
+
+from pathlib import Path
+
+from training.commands.arguments import File
+from training.export import export_run
+
+
+def export(folder: File, out: Path) -> None:
+    """Write the averaged weights of a run as a folder that diffusers loads and samples from.
+
+    Example: training export runs/digits --out runs/digits-diffusers
+
+    Args:
+        folder: Folder of `training run --network diffusers:...` with an unconditional UNet2DModel.
+        out: Folder to make.
+    """
+    pipeline, clamped = export_run(folder, out)
+    print(f"{out}: load it with diffusers.{pipeline}.from_pretrained({str(out)!r})")
+    if clamped:
+        print("note: the pipeline clamps its pictures to [-1, 1], which need not be the range of the data")
