@@ -153,18 +153,51 @@ def probe(
     print(f"Results: {out}", file=sys.stderr)
 
 
-def rank(folder: FolderArgument, /, json: bool = False) -> None:
+def rank(folder: FolderArgument, /, floor_from: tuple[Path, ...] = (), json: bool = False) -> None:
     """Make ranking.json of a finished measurement again from its tables.
 
     Example: difficulty rank runs/digits --json
 
     Args:
         folder: of a finished measurement.
+        floor_from: folders of `difficulty measure` or `difficulty probe` on the same data, process and tasks; the best
+            loss that any of them knows becomes the floor, and the tables are written anew.
         json: print ranking.json on standard output.
     """
+    from difficulty.agreement import rank_over_joint_floor
     from difficulty.measurement import rank_folder
 
-    _print_ranking(rank_folder(folder).model_dump(), json)
+    found = rank_over_joint_floor(folder, floor_from) if floor_from else rank_folder(folder)
+    _print_ranking(found.model_dump(), json)
+
+
+def agree(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    /,
+    measures: tuple[str, ...] = ("excess_nats",),
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Do results folders agree on which tasks are hard? Predictions, processes, seeds, experts and shared networks.
+
+    Example: difficulty agree runs/eps runs/x0 runs/v-probe --measures excess_nats log_regret
+
+    Folders are compared two by two, over their tasks if these are the same, else over the log-SNR that both cover; the
+    seeds of each measurement are compared too. Without an exact law all are given the best floor that any one knows.
+
+    Args:
+        folders: of `difficulty measure` or `difficulty probe`, all of the same data.
+        measures: by which the tasks are ordered, as named in ranking.json.
+        out: CSV file to write.
+        json: print the table as JSON on standard output.
+    """
+    from difficulty.agreement import agreement_sentences, agreement_table
+    from difficulty.records import write_table
+
+    table = agreement_table(folders, measures)
+    if out is not None:
+        write_table(out, table)
+    print(table.to_json(orient="records") if json else "\n".join(agreement_sentences(table)))
 
 
 def plot(folder: FolderArgument, /) -> None:
@@ -344,6 +377,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "kl": kl,
     "profile": profile,
     "rank": rank,
+    "agree": agree,
     "recommend": recommend,
     "plot": plot,
     "datasets": datasets,

@@ -21,6 +21,7 @@ from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.experts import ExpertPlan, build_expert, train_experts
+from difficulty.floors import FLOOR_FILE
 from difficulty.process import Process, get_process
 from difficulty.process_file import read_process, write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
@@ -38,7 +39,6 @@ from difficulty.relative_entropy import ESTIMATORS, kl
 from difficulty.stability import stability_sentences, stability_table
 from difficulty.tasks import Task, make_tasks
 
-FLOOR_FILE = "floor.npy"  # (K, M): loss of the best known denoiser of each task on its held-out draws
 PARTIAL_EXPERTS = "experts.partial.safetensors"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]

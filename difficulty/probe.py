@@ -10,10 +10,11 @@ within each task. probe.csv has one row per task:
                   E |eps_hat - E[eps | x_t]|^2 / 2, the same without the noise of the floor
     linear_loss   loss of the Gaussian denoiser: a task in which the model is no better was hardly trained
 
+Without an exact law floor.npy holds, per draw, the losses of the best denoiser known, this model included.
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
 """
 
-__all__ = ["PROBE_COLUMNS", "Probe", "probe"]
+__all__ = ["PROBE_COLUMNS", "Probe", "probe", "probe_estimates"]
 
 import time
 from collections.abc import Callable
@@ -27,14 +28,14 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
+from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
 from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.intervals import Z90
-from difficulty.measurement import FLOOR_FILE
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
-from difficulty.records import finish_run, read_array, read_run, start_run, write_table
+from difficulty.records import finish_run, read_run, start_run, write_array, write_table
 from difficulty.tasks import Task, make_tasks
 
 PROBE_COLUMNS = (
@@ -111,21 +112,13 @@ def probe(
             estimates[k, rows] = _evaluate(model, chosen, fixed, k, rows)
         if progress is not None:
             progress(k + 1, len(cut))
-    table = _table(dataset, chosen, cut, fixed, estimates, best)
+    table, known = _table(dataset, chosen, cut, fixed, estimates, best)
     write_table(out / "probe.csv", table)
+    if known is not None:
+        write_array(out / FLOOR_FILE, known.astype(np.float32))
     warnings = _warnings(table)
-    estimate = Estimate(
-        unit="nats per unit log-SNR",
-        value=table["excess_nats"].to_numpy(),
-        ci_low=table["ci_low"].to_numpy(),
-        ci_high=table["ci_high"].to_numpy(),
-        log=False,
-        flagged=(table["untrained"] | (table["floor_kind"] == "linear")).to_numpy(),
-        hardest_if_missing=True,
-        note="one shared network; intervals over held-out draws only",
-    )
     ranking = rank_tasks(
-        {"excess_nats": estimate},
+        probe_estimates(table),
         cut,
         chosen,
         dataset=dataset.fingerprint,
@@ -136,6 +129,22 @@ def probe(
     ranking.save(out / "ranking.json")
     finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
     return Probe(table, ranking, warnings)
+
+
+def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
+    """The excess of probe.csv as an estimate of task difficulty."""
+    value, se = table["excess_nats"].to_numpy(dtype=np.float64), table["excess_se"].to_numpy(dtype=np.float64)
+    estimate = Estimate(
+        unit="nats per unit log-SNR",
+        value=value,
+        ci_low=value - Z90 * se,
+        ci_high=value + Z90 * se,
+        log=False,
+        flagged=(table["untrained"] | (table["floor_kind"] == "linear")).to_numpy(dtype=bool),
+        hardest_if_missing=True,
+        note="one shared network; intervals over held-out draws only",
+    )
+    return {"excess_nats": estimate}
 
 
 def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
@@ -177,15 +186,16 @@ def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list
     recorded = [(task.t_first, task.t_last) for task in Ranking.load(folder).tasks]
     if recorded != [(task.first, task.last) for task in tasks]:
         raise InputError(f"{folder} has other tasks; probe with its --tasks and --grid")
-    best = read_array(folder / FLOOR_FILE)
-    if best.shape != (len(tasks), draws):
-        raise InputError(f"{folder} was measured on {best.shape[-1]} draws per task; probe with as many, not {draws}")
-    return best.astype(np.float64)
+    best = read_floor(folder, len(tasks))
+    if best.shape[1] != draws:
+        raise InputError(f"{folder} was measured on {best.shape[1]} draws per task; probe with as many, not {draws}")
+    return best
 
 
 def _table(
     dataset: Dataset, process: Process, tasks: list[Task], draws: HeldOutDraws, estimates: Tensor, best: Array | None
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, Array | None]:
+    """probe.csv, and without an exact law the losses per draw of the best denoiser known, this model included."""
     count = draws.t.shape[1]
     losses = _squared(estimates, draws.eps)
     flat = (draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
@@ -198,7 +208,7 @@ def _table(
     excess = 0.5 * (losses - floor if posterior is None else _squared(estimates, posterior))
     mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
     gain = linear_losses - losses
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "task": np.arange(len(tasks)),
             "t_first": [task.first for task in tasks],
@@ -216,6 +226,7 @@ def _table(
             "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
         }
     )
+    return table, None if posterior is not None else joint_floor([floor, losses])
 
 
 def _squared(estimates: Tensor, goal: Tensor) -> Array:

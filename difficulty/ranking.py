@@ -20,6 +20,7 @@ from difficulty.errors import InputError
 from difficulty.intervals import INTERVAL_LEVEL, Z90
 from difficulty.process import Array, Process
 from difficulty.randomness import stream
+from difficulty.rank_correlation import agreement_words, kendall, with_interval
 from difficulty.records import read_json, write_json
 from difficulty.tasks import Task
 
@@ -167,6 +168,11 @@ class Estimate:
     hardest_if_missing: bool
     note: str = ""
 
+    @property
+    def centre(self) -> Array:
+        """The value per task, +inf where missing means hardest."""
+        return np.where(np.isnan(self.value) & self.hardest_if_missing, np.inf, self.value)
+
     def replicates(self, count: int, rng: np.random.Generator) -> Array:
         """Values (count, K) as they might have come out: normal about the value on the interval's own scale.
 
@@ -213,6 +219,7 @@ def rank_tasks(
         _kendall(first, second, estimates, replicates) for i, first in enumerate(names) for second in names[i + 1 :]
     ]
     verdict = [_verdict_on(name, estimates[name], replicates[name], tasks) for name in names]
+    verdict += _groups(names[0], estimates[names[0]], replicates[names[0]], tasks)
     # Ten measures have 45 pairs; in words only the agreement with the first is said, the file has all.
     verdict += [_agreement(tau) for tau in taus if tau.first == names[0]]
     return Ranking(
@@ -228,13 +235,8 @@ def rank_tasks(
     )
 
 
-def _centre(estimate: Estimate) -> Array:
-    """The value per task, +inf where missing means hardest."""
-    return np.where(np.isnan(estimate.value) & estimate.hardest_if_missing, np.inf, estimate.value)
-
-
 def _rank_one(estimate: Estimate, replicates: Array) -> MeasureRanking:
-    centre = _centre(estimate)
+    centre = estimate.centre
     ranked = np.flatnonzero(~np.isnan(centre))
     order = ranked[np.argsort(centre[ranked], kind="stable")]
     K = len(centre)
@@ -269,55 +271,28 @@ def _ints(values: Array) -> list[int | None]:
     return [None if np.isnan(value) else int(value) for value in values]
 
 
-def _pair_signs(values: Array) -> Array:
-    """Signs of the differences of all pairs of the last axis, (..., K (K - 1) / 2); equal infinities are ties."""
-    i, j = np.triu_indices(values.shape[-1], 1)
-    first, second = values[..., i], values[..., j]
-    return (first > second).astype(np.float64) - (first < second)
-
-
-def _tau(first: Array, second: Array) -> Array:
-    """Kendall's tau-b over the last axis; NaN where one side is all ties."""
-    a, b = _pair_signs(first), _pair_signs(second)
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-
-
-def _tau_with_interval(tau: float, drawn: Array) -> tuple[float, float, float]:
-    """tau, 0 where the estimates are all tied, and its interval from replicates; NaN where these are all tied too.
-
-    Noise in the replicates can only lower an agreement, so the estimate is made to belong to its own interval.
-    """
-    known = drawn[np.isfinite(drawn)]
-    if not len(known):
-        return np.nan, np.nan, np.nan
-    tau = tau if np.isfinite(tau) else 0.0
-    low, high = np.quantile(known, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
-    return tau, min(float(low), tau), max(float(high), tau)
-
-
 def _kendall(
     first: str, second: str, estimates: Mapping[str, Estimate], replicates: Mapping[str, Array]
 ) -> TauBetween:
-    a, b = _centre(estimates[first]), _centre(estimates[second])
+    a, b = estimates[first].centre, estimates[second].centre
     both = ~(np.isnan(a) | np.isnan(b))
     if both.sum() < 3:
         return TauBetween(first=first, second=second, tau=None, ci_low=None, ci_high=None, tasks=int(both.sum()))
-    drawn = _tau(replicates[first][:, both], replicates[second][:, both])
-    tau, low, high = _floats(np.array(_tau_with_interval(float(_tau(a[both], b[both])), drawn)))
+    drawn = kendall(replicates[first][:, both], replicates[second][:, both])
+    tau, low, high = _floats(np.array(with_interval(float(kendall(a[both], b[both])), drawn)))
     return TauBetween(first=first, second=second, tau=tau, ci_low=low, ci_high=high, tasks=int(both.sum()))
 
 
 def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> str:
     """One sentence: the hardest and easiest task, how many neighbours in rank differ, and "is lower t harder"."""
-    centre = _centre(estimate)
+    centre = estimate.centre
     ranked = np.flatnonzero(~np.isnan(centre))
     if len(ranked) < 3:
         return f"{name}: fewer than three tasks have a value; no ranking is possible."
     order = ranked[np.argsort(centre[ranked], kind="stable")]
     apart = int(((replicates[:, order[1:]] > replicates[:, order[:-1]]).mean(0) >= TOLD_APART).sum())
     position = np.arange(len(ranked), dtype=np.float64)
-    tau, low, high = _tau_with_interval(float(_tau(centre[ranked], -position)), _tau(replicates[:, ranked], -position))
+    tau, low, high = with_interval(float(kendall(centre[ranked], -position)), kendall(replicates[:, ranked], -position))
     if np.isnan(tau):
         return f"{name}: no task was learned, so that none can be told from another; use a larger budget."
     hardest, easiest = tasks[order[-1]], tasks[order[0]]
@@ -332,14 +307,27 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     )
 
 
+def _groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> list[str]:
+    """One sentence: the order from easiest to hardest and which neighbours in it are told apart; none without order."""
+    centre = estimate.centre
+    ranked = np.flatnonzero(~np.isnan(centre))
+    if len(ranked) < 3:
+        return []
+    order = ranked[np.argsort(centre[ranked], kind="stable")]
+    text = ""
+    for position, index in enumerate(order):
+        if position:
+            before = order[position - 1]
+            apart = (replicates[:, index] > replicates[:, before]).mean() >= TOLD_APART
+            text += " < " if apart else " ~ "
+        text += f"{tasks[index].first}..{tasks[index].last}"
+    return [f"{name} from easiest to hardest t (< told apart at {TOLD_APART:.0%}, ~ not): {text}."]
+
+
 def _agreement(tau: TauBetween) -> str:
     if tau.tau is None or tau.ci_low is None or tau.ci_high is None:
         return f"{tau.first} and {tau.second}: too few common tasks to compare."
-    if tau.ci_low > 0:
-        words = "agree" if tau.ci_low > 0.7 else "agree in part"
-    else:
-        words = "contradict each other" if tau.ci_high < 0 else "are not shown to agree"
     return (
-        f"{tau.first} and {tau.second} {words} "
+        f"{tau.first} and {tau.second} {agreement_words(tau.ci_low, tau.ci_high)} "
         f"(Kendall tau {tau.tau:+.2f} [{tau.ci_low:+.2f}, {tau.ci_high:+.2f}], {tau.tasks} tasks)."
     )

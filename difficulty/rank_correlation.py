@@ -1,0 +1,58 @@
+"""Agreement of two orders: Kendall's tau-b and Spearman's rho over the last axis, and their intervals.
+
+    tau  share of concordant minus share of discordant pairs, corrected for ties
+    rho  Pearson correlation of the ranks, ties sharing their mean rank
+
+Infinities are the largest values and tie with one another.
+"""
+
+__all__ = ["agreement_words", "kendall", "spearman", "with_interval"]
+
+import numpy as np
+from scipy.stats import rankdata
+
+from difficulty.intervals import INTERVAL_LEVEL
+from difficulty.process import Array
+
+AGREEMENT = 0.7
+
+
+def _pair_signs(values: Array) -> Array:
+    """Signs of the differences of all pairs of the last axis, (..., K (K - 1) / 2)."""
+    i, j = np.triu_indices(values.shape[-1], 1)
+    first, second = values[..., i], values[..., j]
+    return (first > second).astype(np.float64) - (first < second)
+
+
+def kendall(first: Array, second: Array) -> Array:
+    """Kendall's tau-b of (..., K) and (..., K); NaN where one side is all ties."""
+    a, b = _pair_signs(first), _pair_signs(second)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+
+
+def spearman(first: Array, second: Array) -> Array:
+    """Spearman's rho of (..., K) and (..., K); NaN where one side is all ties."""
+    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (rankdata(first, axis=-1), rankdata(second, axis=-1)))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+
+
+def with_interval(estimate: float, drawn: Array) -> tuple[float, float, float]:
+    """A correlation, 0 where the estimates are all tied, and its interval from replicates; NaN if these are tied too.
+
+    Noise in the replicates can only lower an agreement, so the estimate is made to belong to its own interval.
+    """
+    known = drawn[np.isfinite(drawn)]
+    if not len(known):
+        return np.nan, np.nan, np.nan
+    estimate = estimate if np.isfinite(estimate) else 0.0
+    low, high = np.quantile(known, [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2])
+    return estimate, min(float(low), estimate), max(float(high), estimate)
+
+
+def agreement_words(low: float, high: float) -> str:
+    """What the interval of a correlation says: agreement is claimed from 0.7, contradiction below 0."""
+    if low > 0:
+        return "agree" if low > AGREEMENT else "agree in part"
+    return "contradict each other" if high < 0 else "are not shown to agree"

@@ -1,0 +1,169 @@
+"""Agreement between results folders whose learning curves, and so whose answers, are known."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+from learning_curves import BUDGET, FLOOR, exponential, losses_of
+from scipy.stats import kendalltau, spearmanr
+
+from difficulty.agreement import agreement_sentences, agreement_table, rank_over_joint_floor
+from difficulty.cli import SUBCOMMANDS
+from difficulty.commandline import run_cli
+from difficulty.convergence import convergence_table
+from difficulty.errors import InputError
+from difficulty.experts import ExpertPlan
+from difficulty.process import get_process
+from difficulty.process_file import write_process
+from difficulty.rank_correlation import kendall, spearman
+from difficulty.records import finish_run, start_run, write_array, write_table
+from difficulty.stability import stability_table
+from difficulty.tasks import make_tasks
+
+DRAWS = 50
+
+
+def measured(folder, curves, *, process="vp-linear", grid="t", seeds=(0, 1, 2), noise=0.0, data="a", floor=None):
+    """A finished measurement of experts with the given excess curves; ``floor`` makes it a best known one."""
+    forward = get_process(process)
+    losses = losses_of(curves, seeds, noise)
+    if floor is not None:
+        losses = losses.assign(floor_kind="upper_bound", floor=floor, heldout_loss=floor + 2 * losses["excess_nats"])
+    config = {
+        "data": data, "process": process, "tasks": len(curves), "grid": grid, "measures": ["convergence"],
+        "plan": asdict(ExpertPlan(seeds=seeds, budget=BUDGET, heldout_draws=DRAWS)), "estimator": "auto",
+        "dataset_fingerprint": {"train": {"sha256": data}, "heldout": {"sha256": data}},
+        "process_fingerprint": forward.fingerprint,
+    }  # fmt: skip
+    run = start_run(folder, "measure", config)
+    write_process(folder, forward)
+    write_table(folder / "losses.csv", losses)
+    write_table(folder / "convergence.csv", convergence_table(losses, BUDGET))
+    write_table(folder / "stability.csv", stability_table(losses, BUDGET))
+    if floor is not None:
+        write_array(folder / "floor.npy", np.full((len(curves), DRAWS), floor, dtype=np.float32))
+    finish_run(folder, run)
+    return folder
+
+
+def constant(excess):
+    """Curves that stand at the given excess, one per task."""
+    return [lambda i, e=e: e for e in excess]
+
+
+def test_correlations_are_those_of_scipy_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (2, 5, 12)).astype(float)
+    for row in range(5):
+        np.testing.assert_allclose(kendall(a, b)[row], kendalltau(a[row], b[row]).statistic)
+        np.testing.assert_allclose(spearman(a, b)[row], spearmanr(a[row], b[row]).statistic)
+
+
+def test_folders_with_the_same_order_agree_and_with_the_reverse_order_contradict_each_other(tmp_path):
+    excess = 2.0 ** np.arange(8)
+    a = measured(tmp_path / "a", constant(excess))
+    b = measured(tmp_path / "b", constant(excess**2))
+    c = measured(tmp_path / "c", constant(1 / excess))
+    table = agreement_table([a, b, c]).set_index(["first", "second"])
+    assert table.loc[("a", "b"), ["kendall", "spearman", "axis", "points"]].tolist() == [1, 1, "tasks", 8]
+    assert table.loc[("a", "b"), "verdict"] == "agree"
+    assert table.loc[("a", "c"), "verdict"] == "contradict each other"
+    assert table.loc[("a", "c"), "kendall_high"] < 0
+
+
+def test_noisy_seeds_widen_the_interval_and_are_compared_with_one_another(tmp_path):
+    curves = [exponential(500 * 1.05**k) for k in range(8)]
+    quiet = agreement_table([measured(tmp_path / "quiet", curves, noise=0.001)])
+    noisy = agreement_table([measured(tmp_path / "noisy", curves, noise=0.3)])
+    assert len(quiet) == len(noisy) == 3
+    assert (quiet["kendall"] == 1).all()
+    assert noisy["kendall"].mean() < 0.9
+    both = agreement_table([tmp_path / "quiet", tmp_path / "noisy"]).iloc[0]
+    assert both["kendall_low"] < both["kendall"] <= both["kendall_high"]
+
+
+@pytest.mark.parametrize("other", ["edm", "flow-matching", "vp-cosine"])
+def test_one_density_over_log_snr_agrees_with_itself_under_another_process_and_grid(tmp_path, other):
+    def cut(process, grid):
+        tasks = make_tasks(get_process(process), 15, grid)
+        middle = [0.5 * (max(task.log_snr_low, -14.0) + task.log_snr_high) for task in tasks]
+        return constant(np.exp(-0.2 * (np.array(middle) + 1.0) ** 2) + 0.01)  # a peak inside, so no order of t
+
+    a = measured(tmp_path / "a", cut("vp-linear", "log-snr"), grid="log-snr")
+    b = measured(tmp_path / "b", cut(other, "log-snr"), process=other, grid="log-snr")
+    row = agreement_table([a, b]).iloc[0]
+    assert row["axis"] == "log-SNR"
+    assert row["points"] == 15
+    assert row["spearman"] > 0.9
+    t_order = agreement_table([a, measured(tmp_path / "c", constant(np.arange(15.0, 0, -1)), process=other)]).iloc[0]
+    assert t_order["spearman"] < 0.6
+
+
+def test_without_an_exact_law_all_are_judged_over_the_best_floor_that_any_of_them_knows(tmp_path):
+    # The second measurement never found how low the loss can go, so that its own excess calls the first task easy.
+    honest = measured(tmp_path / "honest", constant([4.0, 2.0, 1.0, 0.5]), floor=FLOOR)
+    poor = measured(tmp_path / "poor", constant([0.1, 2.0, 1.0, 0.5]), floor=FLOOR)
+    losses = pd.read_csv(poor / "losses.csv")
+    rows = losses["task"] == 0
+    losses.loc[rows, ["floor", "heldout_loss", "zero_loss"]] += 8.0
+    write_table(poor / "losses.csv", losses)
+    floor = np.full((4, DRAWS), FLOOR, dtype=np.float32)
+    floor[0] += 8.0
+    write_array(poor / "floor.npy", floor)
+    row = agreement_table([honest, poor]).iloc[0]
+    assert row["kendall"] == 1
+    before = pd.read_csv(poor / "convergence.csv")
+    ranking = rank_over_joint_floor(poor, [honest])
+    assert ranking.measures["excess_nats"].order == [3, 2, 1, 0]
+    after = pd.read_csv(poor / "convergence.csv")
+    excess = after[after["definition"] == "excess_nats"]["value"]
+    np.testing.assert_allclose(excess, [4.1, 2.0, 1.0, 0.5], rtol=1e-6)
+    assert before[before["definition"] == "excess_nats"]["value"].iloc[0] == pytest.approx(0.1)
+    # Once lowered, a floor does not change again.
+    assert rank_over_joint_floor(poor, [honest]) == ranking
+
+
+def test_folders_that_do_not_compare_are_refused(tmp_path):
+    a = measured(tmp_path / "a", constant([1.0, 2.0, 3.0]))
+    with pytest.raises(InputError, match="different data"):
+        agreement_table([a, measured(tmp_path / "b", constant([1.0, 2.0, 3.0]), data="b")])
+    with pytest.raises(InputError, match="no measure 'fid'; it has excess_nats"):
+        agreement_table([a], ["fid"])
+    with pytest.raises(InputError, match="has one seed"):
+        agreement_table([measured(tmp_path / "one", constant([1.0, 2.0, 3.0]), seeds=(0,))])
+    with pytest.raises(InputError, match="no best known floor"):
+        rank_over_joint_floor(a, [a])
+    c = measured(tmp_path / "c", constant([1.0, 2.0, 3.0]), floor=FLOOR)
+    d = measured(tmp_path / "d", constant([1.0, 2.0]), floor=FLOOR)
+    with pytest.raises(InputError, match="was not judged on"):
+        rank_over_joint_floor(c, [d])
+    write_array(d / "floor.npy", np.zeros((3, 10), dtype=np.float32))
+    with pytest.raises(InputError, match="has 2 tasks"):
+        agreement_table([c, d])
+    e = measured(tmp_path / "e", constant([1.0, 2.0, 3.0]), floor=FLOOR)
+    write_array(e / "floor.npy", np.zeros((3, 10), dtype=np.float32))
+    with pytest.raises(InputError, match="10 and on 50 draws"):
+        agreement_table([c, e])
+    (tmp_path / "kl").mkdir()
+    finish_run(tmp_path / "kl", start_run(tmp_path / "kl", "kl", {}))
+    with pytest.raises(InputError, match="was written by 'kl'"):
+        agreement_table([a, tmp_path / "kl"])
+
+
+def test_the_command_prints_sentences_or_json_and_writes_the_table(tmp_path, capsys):
+    a = measured(tmp_path / "a", constant([1.0, 2.0, 4.0, 8.0]))
+    b = measured(tmp_path / "b", constant([1.0, 2.0, 4.0, 8.0]), process="edm")
+
+    def run(*args):
+        return run_cli(SUBCOMMANDS, "difficulty", "", [str(arg) for arg in ("agree", *args)])
+
+    assert run(a, b, "--out", tmp_path / "agreement.csv") == 0
+    printed = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(tmp_path / "agreement.csv")
+    assert printed == agreement_sentences(table)
+    assert run(a, b, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(table) == 7
+    assert run(a, tmp_path / "absent") == 2
+    assert "is not a folder" in capsys.readouterr().err
