@@ -11,7 +11,7 @@ core.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,8 @@ class Scale:
     Args:
         data, processes, predictions: what is crossed.
         exact: the data set measured at the default budget; must have an exact law.
-        budget: iterations of the other experts, and of the exact ones (``exact_budget``).
+        budget: iterations of the other experts on tasks cut in t; ``exact_budget`` of the exact ones, and
+            ``log_snr_budget`` of all on tasks cut in log-SNR.
         tasks, log_snr_tasks: number of tasks on the two grids.
         seeds: experts per task.
         draws: held-out draws per task.
@@ -49,6 +50,7 @@ class Scale:
     exact: str = "digits-mixture"
     budget: int = 500
     exact_budget: int = 2000
+    log_snr_budget: int = 400
     tasks: int = 20
     log_snr_tasks: int = 12
     seeds: int = 3
@@ -89,16 +91,20 @@ class Shared:
         return f"{self.data}_shared_{self.prediction}_seed{self.seed}_{self.steps}"
 
 
-def cells(scale: Scale) -> Iterator[Cell]:
-    """The experts: every prediction on vp-linear cut in t, and on every process cut in log-SNR."""
+def cells_in_t(scale: Scale) -> Iterator[Cell]:
+    """Experts of every prediction on the first process, tasks cut in t."""
     for data in scale.data:
         budget = scale.exact_budget if data == scale.exact else scale.budget
         for prediction in scale.predictions:
             yield Cell(data, scale.processes[0], prediction, "t", scale.tasks, budget)
+
+
+def cells_in_log_snr(scale: Scale) -> Iterator[Cell]:
+    """Experts of every prediction on every process, tasks cut in log-SNR."""
     for data in scale.data:
         for process in scale.processes:
             for prediction in scale.predictions:
-                yield Cell(data, process, prediction, "log-snr", scale.log_snr_tasks, scale.budget)
+                yield Cell(data, process, prediction, "log-snr", scale.log_snr_tasks, scale.log_snr_budget)
 
 
 def shared_networks(scale: Scale) -> Iterator[Shared]:
@@ -110,9 +116,9 @@ def shared_networks(scale: Scale) -> Iterator[Shared]:
     yield Shared(scale.exact, scale.predictions[0], 0, scale.long_steps)
 
 
-def measure_cells(scale: Scale, runs: Path) -> None:
+def measure_cells(scale: Scale, cells: Iterable[Cell], runs: Path) -> None:
     """Experts of every cell, one folder each; finished folders are left alone."""
-    for cell in cells(scale):
+    for cell in cells:
         if finished(runs / cell.name):
             continue
         began = time.monotonic()
@@ -157,8 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
     options = parser.parse_args(arguments)
     scale = replace(Scale(), data=tuple(options.data))
-    measure_cells(scale, options.runs)
+    measure_cells(scale, cells_in_t(scale), options.runs)
     probe_shared(scale, options.runs)
+    measure_cells(scale, cells_in_log_snr(scale), options.runs)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ Experts start cold, from the same random weights per seed; or warm, with weights
 next noisier task (``neighbour``, noisiest first). How they are run together is the business of `engines.py`.
 """
 
-__all__ = ["STARTS", "ExpertCurves", "ExpertPlan", "build_expert", "log_spaced_iterations", "train_experts"]
+__all__ = [
+    "STARTS",
+    "ExpertCurves",
+    "ExpertPlan",
+    "build_expert",
+    "log_spaced_iterations",
+    "train_experts",
+    "train_shared",
+]
 
 import hashlib
 import json
@@ -41,6 +49,8 @@ from difficulty.records import write_bytes
 from difficulty.tasks import Task
 
 Progress = Callable[[int, int], None]  # called with (iterations done, iterations in all)
+# Called at every checkpoint with the iteration, the tasks and their experts, those of the first seed first.
+Watcher = Callable[[int, Sequence[Task], Bank], None]
 
 # First counters of the random streams; held-out draws begin with another (`heldout.py`).
 TRAIN_STREAM, WARM_STREAM = 1, 3
@@ -130,6 +140,7 @@ def train_experts(
     *,
     resume_from: Path | None = None,
     progress: Progress | None = None,
+    watch: Watcher | None = None,
 ) -> ExpertCurves:
     """Train one expert per task and seed and take their held-out losses on fixed draws.
 
@@ -140,16 +151,18 @@ def train_experts(
         plan: see ``ExpertPlan``.
         resume_from: file that keeps the state of an unfinished run; written while training, read if it exists.
         progress: called after every iteration with (done, in all).
+        watch: called at every checkpoint before it is kept, so that a resumed run may call it twice for one.
 
     Raises:
         InputError: if the plan does not fit the data, or ``resume_from`` belongs to another run.
     """
-    state = _State(dataset, process, plan, resume_from)
+    state = _State(dataset, process, plan, resume_from, watch)
     if plan.start == "neighbour":
         return _train_in_turn(state, tasks, progress)
     weights: list[dict[str, Tensor]] | None = None
     if plan.start == "shared":
-        weights = _shared_weights(state)
+        bank = train_shared(dataset, process, plan, plan.budget)
+        weights = [bank.weights(index) for index in range(len(plan.seeds))]
     return _train(state, tasks, weights, resume_from, progress)[0]
 
 
@@ -160,7 +173,8 @@ class _State:
     dataset: Dataset
     process: Process
     plan: ExpertPlan
-    resume_from: Path | None
+    resume_from: Path | None = None
+    watch: Watcher | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def bank(self, tasks: int, weights: Sequence[dict[str, Tensor]] | None) -> Bank:
@@ -196,13 +210,16 @@ def _train(
     losses, excess = run.load()
     iterations = plan.iterations
     start = iterations[len(losses) - 1] if losses else 0
+    watch = state.watch or (lambda iteration, tasks, bank: None)
     if not losses:
         _append(losses, excess, bank, draws, posterior, S)
+        watch(0, tasks, bank)
     train = state.dataset.train.to(state.device)
     for step in range(start, iterations[-1]):
         _step(bank, optimizer, train, tasks, plan, TRAIN_STREAM, step)
         if step + 1 == iterations[len(losses)]:
             _append(losses, excess, bank, draws, posterior, S)
+            watch(step + 1, tasks, bank)
             run.save(losses, excess)
         if progress is not None:
             progress(step + 1, iterations[-1])
@@ -232,15 +249,21 @@ def _step(
     optimizer.step()
 
 
-def _shared_weights(state: _State) -> list[dict[str, Tensor]]:
-    """Weights per seed after the budget on all timesteps together; repeated, not stored, when a run is resumed."""
-    everything = [Task(0, 1, state.process.T, float("inf"), float("-inf"))]
+def train_shared(dataset: Dataset, process: Process, plan: ExpertPlan, iterations: int) -> Bank:
+    """One denoiser per seed on all timesteps together, started as the experts are; repeated, not stored, on resuming.
+
+    Args:
+        dataset, process, plan: as of the experts.
+        iterations: of training.
+    """
+    state = _State(dataset, process, plan)
+    everything = [Task(0, 1, process.T, float("inf"), float("-inf"))]
     bank = state.bank(1, None)
     optimizer = state.optimizer(bank)
-    train = state.dataset.train.to(state.device)
-    for step in range(state.plan.budget):
-        _step(bank, optimizer, train, everything, state.plan, WARM_STREAM, step)
-    return [bank.weights(index) for index in range(len(state.plan.seeds))]
+    train = dataset.train.to(state.device)
+    for step in range(iterations):
+        _step(bank, optimizer, train, everything, plan, WARM_STREAM, step)
+    return bank
 
 
 def _train_in_turn(state: _State, tasks: Sequence[Task], progress: Progress | None) -> ExpertCurves:

@@ -169,3 +169,14 @@ def test_an_interrupted_warm_run_resumes_bit_for_bit(tmp_path, start):
         train_experts(GRID, PROCESS, TASKS, plan, resume_from=tmp_path / "state.safetensors", progress=stop)
     resumed = train_experts(GRID, PROCESS, TASKS, plan, resume_from=tmp_path / "state.safetensors")
     np.testing.assert_array_equal(resumed.losses, whole.losses)
+
+
+@pytest.mark.parametrize("start", ["cold", "neighbour"])
+def test_every_checkpoint_is_shown_with_its_tasks(start):
+    seen = []
+    plan = dataclasses.replace(PLAN, start=start)
+    train_experts(
+        GRID, PROCESS, TASKS, plan, watch=lambda done, tasks, bank: seen.append((done, [t.index for t in tasks]))
+    )
+    company = [[3], [2], [1], [0]] if start == "neighbour" else [[0, 1, 2, 3]]
+    assert seen == [(iteration, tasks) for tasks in company for iteration in plan.iterations]
