@@ -77,7 +77,7 @@ class Setting:
     @cached_property
     def judge(self) -> SampleJudge:
         """The metrics of samples, with features fitted once in every worker."""
-        return SampleJudge(self.data.train, self.metrics)
+        return SampleJudge(self.data.train, self.metrics, self.data.value_range)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def compare(
     setting = Setting(data, replace(process, closed_form=None), tasks, plan, samples, tuple(metrics))
     for spec in specs.values():  # whatever cannot be built is refused before anything is written
         Trainer(data, process, _plan_of(spec, plan, seeds[0]), spec.curriculum_for(seeds[0]))
-    check_metrics(setting.metrics)
+    check_metrics(setting.metrics, ratios=True)
     run = _open(out, setting, specs, list(seeds), confirms)
     jobs = [
         Job(arm, spec, seed, _file(out, arm, seed), keep_samples=seed == seeds[0])

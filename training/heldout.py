@@ -98,6 +98,12 @@ class HeldOut:
             per_draw=per_draw,
         )
 
+    def nats_error(self, measured: HeldOutLoss) -> float:
+        """Standard error of ``measured.nats`` over the draws of (x0, eps), tasks taken apart."""
+        terms = 0.5 * measured.per_draw.reshape(len(self.tasks), -1) * self.log_snr_of_draw
+        terms = np.where(np.isfinite(terms), terms, 0.0)
+        return float(np.sqrt((self.per_task * terms.var(1, ddof=1)).sum()))
+
 
 @torch.no_grad()
 def eval_losses(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 BETTER, WORSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
 WIDTH = 8.0  # inches: readable at the width of a page
-METRIC_NAMES = {
-    "nats": "held-out nats",
-    "loss": "held-out loss",
-    "fd-pca": "Fréchet distance (pca)",
-    "fd-pixels": "Fréchet distance (pixels)",
-    "sw-pixels": "sliced Wasserstein (pixels)",
-    "sw-pca": "sliced Wasserstein (pca)",
+DISTANCE_NAMES = {"fd": "Fréchet distance", "sw": "sliced Wasserstein"}
+METRIC_NAMES = {"nats": "held-out nats", "loss": "held-out loss"} | {
+    f"{short}-{features}": f"{name} ({features})"
+    for short, name in DISTANCE_NAMES.items()
+    for features in ("pca", "pixels", "digits-cnn", "inception")
 }
 
 

@@ -21,7 +21,7 @@ __all__ = ["SAMPLERS", "Sampler", "draw_samples", "sampling_grid"]
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def _dpm_solver(estimate: Estimate, process: Process, grid: list[int], x: Tensor
     # The scheduler works on variance-preserving scales. Every process is one after division by sqrt(alpha^2 + sigma^2),
     # which changes no log-SNR, and it is given the sigma/alpha of the grid instead of its own float32 table.
     scale = np.hypot(process.alpha, process.sigma)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2)
+    scheduler: Any = DPMSolverMultistepScheduler(prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2)
     scheduler.set_timesteps(timesteps=[t - 1 for t in grid[:-1]])
     scheduler.sigmas = torch.tensor([process.sigma[t] / process.alpha[t] for t in grid], dtype=torch.float32)
     x = x / float(scale[grid[0]])

@@ -48,7 +48,12 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     assert np.load(out / "samples.npz")["data"].shape == (10, 4)
     code, text, _ = call("evaluate", out, DATA, "--samples", "100", "--json")
     assert code == 0
-    assert set(json.loads(text)["metrics"]) == {"fd-pca", "fd-pixels", "sw-pixels"}
+    report = json.loads(text)
+    assert set(report["metrics"]) == {"fd-pca", "kid-pca", "sw-pixels", "precision-pca", "recall-pca"}
+    for metric in report["metrics"].values():
+        assert metric["ci_low"] <= metric["value"] <= metric["ci_high"]
+        assert metric["split_half"] is not None
+    assert 0 < report["nats_se"] < report["nats"]
     assert call("plot", out)[0] == 0
 
 

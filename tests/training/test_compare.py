@@ -180,6 +180,7 @@ def test_comparison_refuses_what_it_cannot_do(gaussian, process, curriculum, tmp
         (["vanilla", "static"], {"curriculum": curriculum}, "add that arm"),
         (["vanilla", "min-snr"], {"seeds": [1, 1]}, "different whole numbers"),
         (["vanilla", "min-snr"], {"metrics": ["fid"]}, "unknown metric"),
+        (["vanilla", "min-snr"], {"metrics": ["kid-pca"]}, "no ratio"),
     ):
         with pytest.raises(InputError, match=reason):
             compare(gaussian, process, arms, out=tmp_path / "new", **(SMALL | options))

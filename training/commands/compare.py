@@ -59,7 +59,7 @@ def compare(
         batch: Samples per iteration.
         lr: Peak learning rate.
         lr_schedule: constant, cosine or linear.
-        metrics: Of the samples: fd-pca, fd-pixels, sw-pixels, sw-pca.
+        metrics: Of the samples: fd or sw on pixels, pca, digits-cnn or inception, as in fd-pca.
         samples: Samples that are judged.
         confirms: Folder of the exploration that this comparison repeats on other seeds; without it nothing is claimed.
         workers: Processes, 0 for one per core.

@@ -3,6 +3,7 @@
 __all__ = ["evaluate", "plot", "sample"]
 
 import json as jsonlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from difficulty.records import write_bytes, write_json
 from training.commands.arguments import File, Text, chosen_device, chosen_tasks
 from training.conditional import accuracy
 from training.curriculum import Curriculum
+from training.effects import LEVEL
 from training.heldout import HeldOut
 from training.metrics import SampleJudge
 from training.plots import draw_folder, save_grid
@@ -81,7 +83,7 @@ def sample(
 def evaluate(
     folder: File,
     data: Text,
-    metrics: tuple[str, ...] = ("fd-pca", "fd-pixels", "sw-pixels"),
+    metrics: tuple[str, ...] = ("fd-pca", "kid-pca", "sw-pixels", "precision-pca", "recall-pca"),
     samples: int = 1000,
     method: str = "ddim",
     steps: int = 50,
@@ -96,7 +98,8 @@ def evaluate(
     Args:
         folder: Folder of `training run`.
         data: The data set that the run was trained on.
-        metrics: Of the samples; the name says the distance and the features.
+        metrics: Of the samples: fd, kid, sw, precision or recall on pixels, pca, digits-cnn or inception, as in
+            fd-pca. Each with its interval and its value between two halves of the data.
         samples: Samples that are judged.
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler.
@@ -110,21 +113,22 @@ def evaluate(
         raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
     chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
     tasks = chosen_tasks(chosen, denoiser.process)
-    measured = HeldOut(dataset, denoiser.process, tasks).evaluate(denoiser)
-    judge = SampleJudge(dataset.train, metrics)
+    heldout = HeldOut(dataset, denoiser.process, tasks)
+    measured = heldout.evaluate(denoiser)
+    judge = SampleJudge(dataset.train, metrics, dataset.value_range)
     labels = _labels((), samples, config["classes"])
     drawn = draw_samples(
         denoiser, samples, dataset.shape, seed=seed, method=method, steps=steps, labels=labels, guidance=guidance
     )
-    found = judge(drawn)
+    found = judge.evaluate(drawn)
     report: dict[str, Any] = {
         "nats": measured.nats,
+        "nats_se": heldout.nats_error(measured),
         "loss": measured.loss,
         "nats_per_task": measured.nats_per_task.tolist(),
         "tasks": [[task.t_first, task.t_last] for task in tasks],
         "samples": samples,
-        "metrics": found,
-        "split_half": judge.split_half(),
+        "metrics": {name: asdict(metric) for name, metric in found.items()},
     }
     if labels is not None:
         report["condition"] = accuracy(drawn, labels, dataset)
@@ -132,9 +136,13 @@ def evaluate(
     if json:
         print(jsonlib.dumps(report))
         return
-    print(f"held-out nats {measured.nats:.3f}, loss {measured.loss:.6f}")
-    for name, value in found.items():
-        print(f"  {name:10} {value:.4f}   (between two halves of the data: {report['split_half'][name]:.4f})")
+    print(f"held-out nats {measured.nats:.3f} +- {report['nats_se']:.3f} (standard error), loss {measured.loss:.6f}")
+    print(f"{samples} samples against {len(dataset.train)} of the data, {LEVEL:.0%} intervals:")
+    for name, metric in found.items():
+        print(
+            f"  {name:20} {metric.value:.4f} [{metric.ci_low:.4f}, {metric.ci_high:.4f}], {metric.better} is better; "
+            f"between two halves of the data {metric.split_half:.4f}"
+        )
     if labels is not None:
         obeyed = report["condition"]
         print(
