@@ -14,6 +14,7 @@ from tqdm import tqdm
 from difficulty.commandline import run_cli
 
 DataArgument = Annotated[str, tyro.conf.Positional]
+Measures = Literal["convergence", "sample-quality", "relative-entropy"]
 FolderArgument = Annotated[Path, tyro.conf.Positional]
 
 
@@ -46,7 +47,7 @@ def measure(
     process: str = "vp-linear",
     tasks: int = 20,
     grid: Literal["t", "log-snr"] = "t",
-    measures: tuple[Literal["convergence", "relative-entropy"], ...] = ("convergence", "relative-entropy"),
+    measures: tuple[Measures, ...] = ("convergence", "relative-entropy"),
     prediction: str = "eps",
     network: str = "mlp",
     seeds: int = 3,
@@ -70,7 +71,8 @@ def measure(
         process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
         tasks: number of tasks.
         grid: tasks of equal length in t, or in log-SNR.
-        measures: what to measure.
+        measures: what to measure: convergence of experts, sample-quality when an expert denoises its own task and a
+            network on all t the rest (needs and brings convergence), relative-entropy of neighbouring marginals.
         prediction: what the experts predict: eps, x0, v, score, velocity or edm.
         network: of each expert: mlp, unet or dit, with options as in mlp:width=256, or your own FILE.py:FACTORY.
         seeds: how many experts per task; more make the intervals narrower.

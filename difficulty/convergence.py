@@ -23,7 +23,15 @@ Intervals (90 %) join two errors: that of the finite set of held-out draws, and 
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
 """
 
-__all__ = ["DEFINITIONS", "best_known", "convergence_table", "loss_table"]
+__all__ = [
+    "DEFINITIONS",
+    "LearningCurves",
+    "best_known",
+    "convergence_table",
+    "loss_table",
+    "paper_style",
+    "summary_over_seeds",
+]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -293,28 +301,30 @@ def convergence_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
         InputError: if a column is missing.
     """
     curves = LearningCurves.from_table(losses, budget)
-    parts = []
-    for name, definition in DEFINITIONS.items():
-        values = definition(curves)
-        centre = values.value.mean(0)
-        sd, degrees = _standard_deviation(values)
-        half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
-        back = np.exp if values.log else np.asarray
-        part = pd.DataFrame(
-            {
-                "task": np.arange(len(centre)),
-                "definition": name,
-                "value": back(centre),
-                "ci_low": back(centre - half),
-                "ci_high": back(centre + half),
-                "scale": "log" if values.log else "linear",
-                "censored": values.censored | curves.diverged | curves.stuck,
-                "unit": values.unit,
-            }
-        )
-        part.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan
-        parts.append(part)
+    parts = [summary_over_seeds(name, definition(curves), curves) for name, definition in DEFINITIONS.items()]
     return pd.concat(parts, ignore_index=True)
+
+
+def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves) -> pd.DataFrame:
+    """The rows of one definition in convergence.csv: mean over seeds on the definition's scale, interval, censoring."""
+    centre = values.value.mean(0)
+    sd, degrees = _standard_deviation(values)
+    half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
+    back = np.exp if values.log else np.asarray
+    table = pd.DataFrame(
+        {
+            "task": np.arange(len(centre)),
+            "definition": name,
+            "value": back(centre),
+            "ci_low": back(centre - half),
+            "ci_high": back(centre + half),
+            "scale": "log" if values.log else "linear",
+            "censored": values.censored | curves.diverged | curves.stuck,
+            "unit": values.unit,
+        }
+    )
+    table.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan
+    return table
 
 
 def _standard_deviation(values: SeedValues) -> tuple[Array, float]:

@@ -1,9 +1,9 @@
 """The measurement of task difficulty from data to ranking: experts, relative entropy, and the folder they are kept in.
 
 A measurement folder holds run.json, process.csv, losses.csv, convergence.csv and stability.csv (experts),
-relative_entropy.csv (marginals), ranking.json, and figures drawn from these files; where the floor is the best known
-loss, floor.npy holds it per held-out draw, so that another model can be compared with it draw by draw. ``rank_folder``
-makes ranking.json again from the tables.
+sample_quality.csv (samples with one expert each), relative_entropy.csv (marginals), ranking.json, and figures drawn
+from these files; where the floor is the best known loss, floor.npy holds it per held-out draw, so that another model
+can be compared with it draw by draw. ``rank_folder`` makes ranking.json again from the tables.
 """
 
 __all__ = ["MEASURES", "Measurement", "measure", "rank_folder"]
@@ -20,6 +20,7 @@ import pandas as pd
 from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
+from difficulty.expert_samples import SampleQuality, quality_estimates
 from difficulty.experts import ExpertPlan, build_expert, train_experts
 from difficulty.floors import FLOOR_FILE
 from difficulty.process import Process, get_process
@@ -39,6 +40,7 @@ from difficulty.relative_entropy import ESTIMATORS, kl
 from difficulty.stability import stability_sentences, stability_table
 from difficulty.tasks import Task, make_tasks
 
+SAMPLE_QUALITY = "sample-quality"
 PARTIAL_EXPERTS = "experts.partial.safetensors"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]
@@ -82,7 +84,7 @@ def measure(
         out: folder to write; an interrupted measurement with the same arguments goes on where it stopped.
         tasks: number of tasks.
         grid: a name in ``difficulty.tasks.GRIDS``.
-        measures: names in ``MEASURES``.
+        measures: names in ``MEASURES``; sample-quality brings convergence along, since both need the experts.
         plan: how experts are trained.
         estimator: of the relative entropy.
         progress: called with (stage, done, in all).
@@ -91,7 +93,8 @@ def measure(
         InputError: if an argument cannot be used; nothing is written then.
     """
     plan, out = plan or ExpertPlan(), Path(out)
-    stages = [choose("measure", name, MEASURES) for name in dict.fromkeys(measures)]
+    measures = list(dict.fromkeys(["convergence", *measures] if SAMPLE_QUALITY in measures else measures))
+    stages = list(dict.fromkeys(choose("measure", name, MEASURES) for name in measures))
     if not stages:
         raise InputError(f"no measure is asked for; known are {', '.join(MEASURES)}")
     dataset, process = load_dataset(data), get_process(process)
@@ -104,7 +107,7 @@ def measure(
         "process": process.name,
         "tasks": tasks,
         "grid": grid,
-        "measures": list(dict.fromkeys(measures)),
+        "measures": measures,
         "plan": asdict(plan),
         "estimator": estimator,
         "dataset_fingerprint": dataset.fingerprint,
@@ -113,7 +116,7 @@ def measure(
     began = time.monotonic()
     run = start_run(out, "measure", config)
     write_process(out, process)
-    request = _Request(dataset, process, cut, plan, estimator, out, progress)
+    request = _Request(dataset, process, cut, measures, plan, estimator, out, progress)
     for stage in stages:
         stage(request)
     ranking = _rank(out, run)
@@ -137,6 +140,7 @@ class _Request:
     dataset: Dataset
     process: Process
     tasks: list[Task]
+    measures: list[str]
     plan: ExpertPlan
     estimator: str
     out: Path
@@ -148,8 +152,19 @@ class _Request:
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
-def _measure_convergence(request: _Request) -> None:
-    plan = request.plan
+def _measure_experts(request: _Request) -> None:
+    plan, watch = request.plan, None
+    if SAMPLE_QUALITY in request.measures:
+        path, state = request.out / "sample_quality.csv", request.out / PARTIAL_EXPERTS
+        resumed = path.exists() and any(state.parent.glob(f"{state.stem}*"))
+        watch = SampleQuality(
+            request.dataset,
+            request.process,
+            request.tasks,
+            plan,
+            earlier=read_table(path) if resumed else None,
+            write=lambda table: write_table(path, table),
+        )
     curves = train_experts(
         request.dataset,
         request.process,
@@ -157,6 +172,7 @@ def _measure_convergence(request: _Request) -> None:
         plan,
         resume_from=request.out / PARTIAL_EXPERTS,
         progress=request.report("experts"),
+        watch=watch,
     )
     losses = loss_table(curves, plan.seeds, plan.batch)
     if curves.excess is None:
@@ -173,8 +189,10 @@ def _measure_relative_entropy(request: _Request) -> None:
     write_table(request.out / "relative_entropy.csv", table)
 
 
+# Samples are judged while the experts are trained: two measures, one stage.
 MEASURES: Mapping[str, Callable[[_Request], None]] = {
-    "convergence": _measure_convergence,
+    "convergence": _measure_experts,
+    SAMPLE_QUALITY: _measure_experts,
     "relative-entropy": _measure_relative_entropy,
 }
 
@@ -192,6 +210,10 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
         sources["convergence.csv"] = _digest(folder / "convergence.csv")
         if len(config["plan"]["seeds"]) == 1:
             notes.append("Only one seed was trained: the intervals do not include the randomness of training.")
+    if SAMPLE_QUALITY in config["measures"]:
+        table = read_table(folder / "sample_quality.csv")
+        estimates |= quality_estimates(table, config["plan"]["budget"], len(tasks))
+        sources["sample_quality.csv"] = _digest(folder / "sample_quality.csv")
     if "relative-entropy" in config["measures"]:
         table = read_table(folder / "relative_entropy.csv")
         estimates |= relative_entropy_estimates(table, tasks)

@@ -27,7 +27,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PAGE_WIDTH = 7.2  # inches
 SHOWN_MEASURES = (
-    "excess_nats", "log_regret", "paper_style", "relative_entropy", "relative_entropy_per_dlogsnr2",
+    "excess_nats", "log_regret", "paper_style", "sample_quality", "relative_entropy",
+    "relative_entropy_per_dlogsnr2",
 )  # fmt: skip
 LOG_SNR_LABEL = "log-SNR  (clean data left, noise right)"
 
@@ -183,6 +184,39 @@ def learning_figure(folder: Path) -> "Figure":
     return figure
 
 
+def sample_quality_figure(folder: Path) -> "Figure":
+    """Distance of samples to the data against the iterations of one expert, one line per task; bands span the seeds."""
+    import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    x, _ = _middles(Ranking.load(folder))
+    columns = ["task", "seed", "iteration", "metric", "value", "shared", "perfect"]
+    table = read_table(folder / "sample_quality.csv", columns)
+    table = table[table["iteration"] > 0]
+    names = list(dict.fromkeys(table["metric"]))
+    figure, panels = plt.subplots(1, len(names), figsize=(PAGE_WIDTH, 3.6), squeeze=False, layout="constrained")
+    colours = ScalarMappable(Normalize(x.min(), x.max()), "cividis")
+    for axes, name in zip(panels[0], names, strict=True):
+        part = table[table["metric"] == name]
+        for task, rows in part.groupby("task"):
+            spread = rows.groupby("iteration")["value"].agg(["mean", "min", "max"])
+            colour = colours.to_rgba(x[int(str(task))])
+            axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
+            axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
+        for column, style, label in (("shared", "--", "shared network alone"), ("perfect", ":", "perfect sampler")):
+            axes.axhline(part[column].mean(), color="black", linestyle=style, linewidth=1, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("iterations of the expert")
+        axes.set_title(f"{name}  (lower is better)", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("distance of samples to the data")
+    panels[0, 0].legend(fontsize=7, frameon=False)
+    figure.colorbar(colours, ax=list(panels[0]), label="log-SNR of the expert's task (high = clean)")
+    return figure
+
+
 def relative_entropy_figure(folder: Path) -> "Figure":
     """KL between consecutive marginals against log-SNR, per step and per (d log-SNR)^2, with intervals."""
     import matplotlib.pyplot as plt
@@ -242,6 +276,7 @@ FIGURES: Mapping[str, tuple[Callable[[Path], "Figure"], str]] = {
     "ranks": (rank_figure, "ranking.json"),
     "agreement": (agreement_figure, "ranking.json"),
     "learning_curves": (learning_figure, "losses.csv"),
+    "sample_quality": (sample_quality_figure, "sample_quality.csv"),
     "relative_entropy": (relative_entropy_figure, "relative_entropy.csv"),
 }
 
