@@ -43,6 +43,8 @@ class Dataset:
         labels: class of each train sample, int64 (n,), if known.
         heldout_labels: class of each held-out sample, if known.
         captions: caption of each train sample, if known.
+        heldout_captions: caption of each held-out sample, if known.
+        unseen_captions: captions that no sample has, each with the class that it names, to ask a model for.
         law: the exact law that the samples were drawn from, if known; its points are the flattened samples.
         value_range: (low, high) of image values, None for vectors.
     """
@@ -53,6 +55,8 @@ class Dataset:
     labels: torch.Tensor | None = None
     heldout_labels: torch.Tensor | None = None
     captions: tuple[str, ...] | None = None
+    heldout_captions: tuple[str, ...] | None = None
+    unseen_captions: tuple[tuple[str, int], ...] = ()
     law: Law | None = None
     value_range: tuple[float, float] | None = None
 
@@ -128,6 +132,7 @@ def split_samples(name: str, samples: npt.NDArray[Any], **facts: Any) -> Dataset
         labels=None if labels is None else torch.as_tensor(np.asarray(labels)[train], dtype=torch.int64),
         heldout_labels=None if labels is None else torch.as_tensor(np.asarray(labels)[heldout], dtype=torch.int64),
         captions=None if captions is None else tuple(captions[i] for i in train),
+        heldout_captions=None if captions is None else tuple(captions[i] for i in heldout),
         **facts,
     )
 
@@ -171,6 +176,44 @@ def digits() -> Dataset:
     images, labels = load_digits(return_X_y=True)
     scaled = (images / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
     return split_samples("digits", scaled, labels=labels, value_range=(-1.0, 1.0))
+
+
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# What samples are described by, and what is kept for asking a trained model.
+SEEN_PHRASINGS = (
+    "a handwritten {word}",
+    "the digit {word}",
+    "the number {word}, written by hand",
+    "a scan of the numeral {word}",
+    "{word}",
+    "a small picture of a {word}",
+    "handwriting: {figure}",
+    "the digit {figure}",
+)
+UNSEEN_PHRASINGS = (
+    "a scan of a handwritten {word}",
+    "a picture of the digit {word}",
+    "somebody wrote the number {word}",
+    "a small handwritten {figure}",
+)
+
+
+def captioned_digits() -> Dataset:
+    """The digits, each described by one of eight phrasings; four more phrasings are kept for evaluation."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    scaled = (images / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    phrasings = np.random.default_rng(SPLIT_SEED).integers(0, len(SEEN_PHRASINGS), len(labels))
+    captions = [_phrase(SEEN_PHRASINGS[p], label) for p, label in zip(phrasings, labels, strict=True)]
+    unseen = tuple((_phrase(phrasing, label), label) for phrasing in UNSEEN_PHRASINGS for label in range(10))
+    return split_samples(
+        "captioned-digits", scaled, labels=labels, captions=captions, unseen_captions=unseen, value_range=(-1.0, 1.0)
+    )
+
+
+def _phrase(phrasing: str, label: int) -> str:
+    return phrasing.format(word=NUMERALS[label], figure=label)
 
 
 @lru_cache(maxsize=1)
@@ -246,6 +289,7 @@ def _photo_patches(size: int) -> Callable[..., Dataset]:
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": digits,
     "digits-mixture": digits_mixture,
+    "captioned-digits": captioned_digits,
     "photo-patches-8": _photo_patches(8),
     "photo-patches-16": _photo_patches(16),
     "photo-patches-32": _photo_patches(32),

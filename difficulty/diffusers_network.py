@@ -32,7 +32,7 @@ BACKBONES = ("unet", "transformer")
 
 
 class DiffusersNetwork(nn.Module):
-    """A diffusers model as ``forward(x, timestep)``, or ``forward(x, timestep, labels)`` where it knows classes.
+    """A diffusers model as ``forward(x, timestep)``, with labels where it knows classes, and text where it knows that.
 
     Args:
         model: a diffusers model whose first two inputs are a sample (B, C, H, W) and a timestep (B,).
@@ -64,6 +64,16 @@ class DiffusersNetwork(nn.Module):
             )
         return int(self.null_condition["class_labels"](1))
 
+    def check_text_width(self, width: int) -> None:
+        """Raise InputError unless the model takes embeddings of text of this width."""
+        name, null = type(self.model).__name__, self.null_condition.get("encoder_hidden_states")
+        if null is None:
+            raise InputError(f"{name} takes no text; UNet2DConditionModel and the transformers of text models do")
+        pooled = self.null_condition.get("pooled_projections")
+        for what, found in (("tokens", null(1).shape[-1]), ("pooled text", pooled(1).shape[-1] if pooled else width)):
+            if found != width:
+                raise InputError(f"{name} takes {what} of width {found}, but the text encoder gives {width}")
+
     def convention(self, process: Process) -> tuple[Array, Array]:
         """What the model is given at each t: the factor on x_t, and the timestep; each of shape (T+1,)."""
         ones, t = np.ones(process.T + 1), np.arange(process.T + 1, dtype=np.float64)
@@ -74,11 +84,30 @@ class DiffusersNetwork(nn.Module):
             return ones, process.T * process.sigma
         return ones, t - 1
 
-    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The prediction, shape of x."""
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor | None = None,
+        text: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The prediction, shape of x.
+
+        Args:
+            x: shape (B, C, H, W).
+            timestep: shape (B,), see ``convention``.
+            labels: classes (B,).
+            text: tokens (B, L, width), where they are no padding (B, L), and pooled embeddings (B, width).
+        """
         arguments = {name: make(len(x)).to(x.device) for name, make in self.null_condition.items()}
         if labels is not None:
             arguments["class_labels"] = labels
+        if text is not None:
+            arguments["encoder_hidden_states"], mask, pooled = text
+            if "encoder_attention_mask" in inspect.signature(self.model.forward).parameters:
+                arguments["encoder_attention_mask"] = mask
+            if "pooled_projections" in arguments:
+                arguments["pooled_projections"] = pooled
         output = self.model(x, timestep=timestep, return_dict=False, **arguments)[0]
         # A model that also learns the variance returns it as a second half of the channels.
         return output[:, : x.shape[1]]

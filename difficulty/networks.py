@@ -3,9 +3,11 @@
 The noise level enters as log-SNR, never as t, so that one network serves every process. Siblings: an MLP for vectors
 and small images, a small convolutional UNet, and the DiT (Peebles & Xie 2023, arXiv 2212.09748) from tiny to XL. All
 start by predicting zero; what a multiple of the input can predict is added outside the network (`denoiser.py`).
+
+UNet and DiT attend to a sequence of tokens after ``attend_to(width)``: ``forward(x, log_snr, context)``.
 """
 
-__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "DiT", "UNet", "build_network", "check_network", "own_function"]
+__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "Context", "DiT", "UNet", "build_network", "check_network", "own_function"]
 
 import functools
 import importlib.util
@@ -30,6 +32,9 @@ FREQUENCIES = 16
 # Beyond +-20 the data or the noise is below float32 resolution; flow matching ends at -inf.
 LOG_SNR_LIMIT = 20.0
 
+# Tokens (B, L, width) and where they are no padding, bool (B, L); each sample has at least one.
+Context = tuple[Tensor, Tensor]
+
 
 class NoiseEmbedding(nn.Module):
     """Fourier features of log-SNR followed by two layers: (B,) -> (B, width)."""
@@ -46,6 +51,33 @@ class NoiseEmbedding(nn.Module):
     def forward(self, log_snr: Tensor) -> Tensor:
         angle = log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT)[..., None] * self.frequencies
         return self.layers(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a sequence (B, N, width) to the tokens of a context, added to it; it starts by adding nothing.
+
+    Args:
+        width: of the sequence, divisible by ``heads``.
+        context_width: of the tokens, which are brought to unit scale first.
+        heads: attention heads.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.context_norm = nn.LayerNorm(width), nn.LayerNorm(context_width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.project = nn.Linear(width, width)
+        for parameter in self.project.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, h: Tensor, context: Context) -> Tensor:
+        tokens, mask = context
+        q = self.query(self.norm(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.key_value(self.context_norm(tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return h + self.project(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -93,7 +125,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Small UNet for images of even height and width.
+    """Small UNet for images of even height and width; attends to a context at its lowest resolution.
 
     Args:
         shape: (channels, height, width) of one sample.
@@ -116,6 +148,7 @@ class UNet(nn.Module):
             ResidualBlock(widths[max(level - 1, 0)], widths[level], 4 * width) for level in range(levels)
         )
         self.middle = ResidualBlock(widths[-1], widths[-1], 4 * width)
+        self.cross: CrossAttention | None = None
         self.up = nn.ModuleList(
             ResidualBlock(2 * widths[level], widths[max(level - 1, 0)], 4 * width) for level in reversed(range(levels))
         )
@@ -124,7 +157,12 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+    def attend_to(self, context_width: int) -> None:
+        """Add cross-attention to tokens of this width (Rombach et al. 2022, arXiv 2112.10752, section 3.3)."""
+        width = self.middle.conv2.out_channels
+        self.cross = CrossAttention(width, context_width, math.gcd(4, width))
+
+    def forward(self, x: Tensor, log_snr: Tensor, context: Context | None = None) -> Tensor:
         embedding = self.embedding(log_snr)
         h = self.first(x)
         skips = []
@@ -132,6 +170,9 @@ class UNet(nn.Module):
             h = block(F.avg_pool2d(h, 2) if level else h, embedding)
             skips.append(h)
         h = self.middle(h, embedding)
+        if self.cross is not None:
+            assert context is not None, "a network that attends needs a context"
+            h = self.cross(h.flatten(2).transpose(1, 2), context).transpose(1, 2).reshape(h.shape)
         for level, block in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if level else h
             h = block(torch.cat([h, skips.pop()], 1), embedding)
@@ -150,15 +191,19 @@ class DiTBlock(nn.Module):
         self.project = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
+        self.cross: CrossAttention | None = None
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(embedding))[:, None].chunk(6, -1)
         qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate1 * self.project(attended)
+        if self.cross is not None:
+            assert context is not None, "a network that attends needs a context"
+            x = self.cross(x, context)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -220,16 +265,22 @@ class DiT(nn.Module):
         for parameter in (*self.modulation.parameters(), *self.last.parameters()):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+    def attend_to(self, context_width: int) -> None:
+        """Add cross-attention to tokens of this width to every block (Chen et al. 2023, arXiv 2310.00426, figure 4)."""
+        for block in self.blocks:
+            assert isinstance(block, DiTBlock)
+            block.cross = CrossAttention(self.first.out_features, context_width, block.heads)
+
+    def forward(self, x: Tensor, log_snr: Tensor, context: Context | None = None) -> Tensor:
         _, _, height, width = x.shape
         embedding = self.embedding(log_snr)
         tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
         h = self.first(tokens) + self.position
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, embedding, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(block, h, embedding, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, embedding)
+                h = block(h, embedding, context)
         shift, scale = self.modulation(F.silu(embedding))[:, None].chunk(2, -1)
         patches = self.last(self.norm(h) * (1 + scale) + shift).transpose(1, 2)
         return F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)

@@ -25,7 +25,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.prediction import eps_loss_factor
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
-from training.conditional import LabelledNetwork, given
+from training.conditional import Condition, ConditionalNetwork, Conditioning, given
 from training.density import Interval, log_snr_widths
 from training.streams import HELDOUT
 
@@ -52,9 +52,17 @@ class HeldOut:
         process: the forward process.
         tasks: intervals that cover 1..T.
         per_task: draws per task.
+        conditioning: what a conditional network is told of the samples.
     """
 
-    def __init__(self, data: Dataset, process: Process, tasks: Sequence[Interval], per_task: int = 128) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        process: Process,
+        tasks: Sequence[Interval],
+        per_task: int = 128,
+        conditioning: Conditioning | None = None,
+    ) -> None:
         count = per_task * len(tasks)
         spread = (np.arange(per_task) + 0.5) / per_task
         lengths = [task.t_last - task.t_first + 1 for task in tasks]
@@ -63,25 +71,25 @@ class HeldOut:
         self.x0 = data.heldout[torch.from_numpy(rows)]
         self.eps = normal(tuple(self.x0.shape), HELDOUT_SEED, HELDOUT, 1, 0)
         self.t = torch.from_numpy(t.astype(np.int64))
-        self.labels = None if data.heldout_labels is None else data.heldout_labels[torch.from_numpy(rows)]
+        self.condition = conditioning.heldout(torch.from_numpy(rows)) if conditioning else None
         self.dim, self.tasks, self.per_task = data.dim, list(tasks), per_task
         self.share = np.array(lengths) / sum(lengths)
         self.widths = np.concatenate([[0.0], log_snr_widths(process)])[t.astype(np.int64)].reshape(len(tasks), -1)
         # Each draw stands for length/per_task timesteps.
         self.log_snr_of_draw = self.widths * (np.array(lengths) / per_task)[:, None]
 
-    def select(self, mask: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The draws (x0, eps, t, labels) whose entry of ``mask`` is true."""
+    def select(self, mask: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
+        """The draws (x0, eps, t, condition) whose entry of ``mask`` is true."""
         chosen = torch.from_numpy(mask)
-        labels = None if self.labels is None else self.labels[chosen]
-        return self.x0[chosen], self.eps[chosen], self.t[chosen], labels
+        condition = None if self.condition is None else self.condition[chosen]
+        return self.x0[chosen], self.eps[chosen], self.t[chosen], condition
 
     @torch.no_grad()
     def evaluate(self, denoiser: Denoiser) -> HeldOutLoss:
         """Losses of a denoiser on the fixed draws."""
         device = denoiser.alpha.device
-        labels = None if self.labels is None else self.labels.to(device)
-        own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device), labels).cpu().double()
+        told = None if self.condition is None else self.condition.to(device)
+        own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device), told).cpu().double()
         alpha, sigma = denoiser.alpha.cpu()[self.t].double(), denoiser.sigma.cpu()[self.t].double()
         factor = eps_loss_factor(denoiser.prediction, alpha, sigma)
         per_draw = (own * factor).numpy()
@@ -106,9 +114,11 @@ class HeldOut:
 
 
 @torch.no_grad()
-def eval_losses(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-    """``denoiser.losses`` in chunks, without gradients; a conditional denoiser is told the labels."""
-    told = labels if isinstance(denoiser.network, LabelledNetwork) else None
+def eval_losses(
+    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition | None = None
+) -> Tensor:
+    """``denoiser.losses`` in chunks, without gradients; a conditional denoiser is told the condition."""
+    told = condition if isinstance(denoiser.network, ConditionalNetwork) else None
     losses = []
     for start in range(0, len(x0), CHUNK):
         part = slice(start, start + CHUNK)

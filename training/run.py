@@ -6,7 +6,8 @@ losses.csv        step, samples, stage, task, nats_per_log_snr, loss: held-out, 
 curve.csv         step, samples, stage, train_loss, lr, nats, loss
 stages.csv        stage, start, end, reason, samples_per_task
 samples/          grids over training
-denoiser.safetensors  the averaged weights at the end, for `difficulty probe`; not of a class-conditional network
+denoiser.safetensors  the averaged weights at the end, for `difficulty probe`; not of a conditional network
+text-encoder/     the text encoder, if it was trained for the run
 checkpoints/      see `checkpoint.py`; the tables up to the step are part of the checkpoint
 """
 
@@ -34,10 +35,11 @@ from difficulty.ranking import RankingTask
 from difficulty.records import finish_run, read_json, start_run, write_table
 from difficulty.tasks import make_tasks
 from training.checkpoint import load_latest, save_checkpoint
-from training.conditional import LabelledNetwork
+from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process
 from training.heldout import HeldOut
 from training.sampling import draw_samples
+from training.text import TextTable
 from training.timesteps import stage_rows
 from training.trainer import Diverged, Trainer, TrainPlan
 
@@ -78,6 +80,7 @@ def train(
     out: Path,
     curriculum: Curriculum | None = None,
     *,
+    text: TextTable | None = None,
     cadence: Cadence | None = None,
     resume: str = "auto",
     device: str = "cpu",
@@ -90,6 +93,7 @@ def train(
     Args:
         data, process, plan, curriculum: what to train; see ``Trainer``.
         out: folder of the run.
+        text: the embedded captions of the data, if the plan's condition is text.
         cadence: how often to write.
         resume: ``auto`` continues what is there, ``never`` refuses a folder that holds a run.
         device: torch device.
@@ -104,9 +108,9 @@ def train(
     cadence = cadence or Cadence()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    trainer = Trainer(data, process, plan, curriculum, device=device, rank=rank, world=world)
+    trainer = Trainer(data, process, plan, curriculum, device=device, text=text, rank=rank, world=world)
     tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
-    heldout = HeldOut(data, process, tasks)
+    heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
     run, state = _open_together(trainer, out, cadence, resume, tell)
     log: dict[str, list[list[float]]] = {"losses": [], "curve": []}
     if state is not None:
@@ -114,6 +118,8 @@ def train(
         trainer.load_state_dict(state)
     if curriculum and rank == 0:
         curriculum.save(out / "curriculum.json")
+    if trainer.conditioning and rank == 0:
+        trainer.conditioning.save(out)
     seconds = time.monotonic()
     while trainer.done < plan.steps:
         try:
@@ -134,9 +140,8 @@ def train(
             _log_heldout(trainer, heldout, float(loss), log)
             _write_tables(trainer, out, log, tasks)
         if show and _now(cadence.sample, trainer.done, last):
-            # A conditional model shows its classes in turn.
-            labels = torch.arange(cadence.grid) % trainer.classes if trainer.classes else None
-            drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, labels=labels, device=device)
+            wanted = trainer.conditioning.examples(cadence.grid) if trainer.conditioning else None
+            drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, condition=wanted, device=device)
             show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
         if _now(cadence.checkpoint, trainer.done, last):
             save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
@@ -147,7 +152,7 @@ def train(
     for task in tasks:
         if not seen[task.t_first : task.t_last + 1].any():
             tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; train longer")
-    if not isinstance(trainer.ema.network, LabelledNetwork):
+    if not isinstance(trainer.ema.network, ConditionalNetwork):
         save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
     finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))
     return trainer
@@ -190,7 +195,7 @@ def _open(
         "shape": list(trainer.data.shape),
         "data_std": trainer.denoiser.data_std,
         "value_range": trainer.data.value_range,
-        "classes": trainer.classes,
+        "condition": trainer.conditioning.facts if trainer.conditioning else None,
     }
     if not (out / "run.json").exists():
         return start_run(out, "train", config), None
@@ -242,8 +247,8 @@ def restore(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
         raise InputError(f"{folder} cannot be used: {reason}")
     plan = config["plan"]
     network = build_network(plan["network"], tuple(config["shape"]), plan["seed"])
-    if config["classes"]:
-        network = LabelledNetwork(network, config["classes"])
+    if config["condition"]:
+        network = conditional_network(network, config["condition"])
     network.load_state_dict(state["ema"])
     process = known_process(config["process"], f"the run in {folder}")
     return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config

@@ -31,7 +31,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.randomness import normal
-from training.conditional import Guided, LabelledNetwork
+from training.conditional import Condition, ConditionalNetwork, Guided
 from training.streams import PRIOR, SAMPLER
 
 CHUNK = 1024  # samples per forward pass
@@ -176,36 +176,37 @@ def draw_samples(
     seed: int,
     method: str = "ddim",
     steps: int = 50,
-    labels: Tensor | None = None,
+    condition: Condition | None = None,
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Samples of the model.
 
     Args:
-        denoiser: estimates x0; a ``Denoiser``, or anything like it if there are no labels.
+        denoiser: estimates x0; a ``Denoiser``, or anything like it if there is no condition.
         count: number of samples.
         shape: of one sample.
         seed: names the noise.
         method: a name in ``SAMPLERS``.
         steps: steps of the grid; each takes one network evaluation, with heun and edm-heun two.
-        labels: wanted classes (count,) for a conditional denoiser.
+        condition: wanted classes (count,) or captions for a conditional denoiser; None samples it without.
         guidance: see `conditional.py`; 1 is the conditional model itself.
 
     Returns:
         float32 (count, *shape) on the CPU.
 
     Raises:
-        InputError: if the method is unknown, steps does not fit, labels are given to an unconditional denoiser, or
+        InputError: if the method is unknown, steps does not fit, a condition is given to an unconditional denoiser, or
             the method needs a package that is missing.
     """
-    if labels is not None and not (isinstance(denoiser, Denoiser) and isinstance(denoiser.network, LabelledNetwork)):
-        raise InputError("this model was trained without labels; sample it without them")
+    told = isinstance(denoiser, Denoiser) and isinstance(denoiser.network, ConditionalNetwork)
+    if condition is not None and not told:
+        raise InputError("this model was trained without a condition; sample it without one")
     process = denoiser.process
     grid = sampling_grid(process, steps, denoiser.prediction, method)
     models = [
-        Guided(denoiser, labels[first : first + CHUNK].to(device), guidance)
-        if labels is not None and isinstance(denoiser, Denoiser)
+        Guided(denoiser, condition[first : first + CHUNK].to(device), guidance)
+        if condition is not None and isinstance(denoiser, Denoiser)
         else denoiser
         for first in range(0, count, CHUNK)
     ]

@@ -26,10 +26,11 @@ from difficulty.errors import InputError, choose
 from difficulty.networks import NETWORKS, build_network
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, seeded_torch, stream, uniform
-from training.conditional import LabelledNetwork, given
+from training.conditional import CONDITIONS, Condition, conditioning, given
 from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
 from training.streams import BATCH, FORWARD, LABELS, NOISE
+from training.text import TextTable
 from training.timesteps import TimestepSampler
 from training.weights import loss_weights
 
@@ -74,8 +75,8 @@ class TrainPlan:
         warmup: iterations of linear warm-up.
         weight_decay: of AdamW.
         clip: greatest norm of the gradient; 0 for none.
-        conditional: whether the network is told the class of a sample.
-        label_dropout: how often it is not, for guidance.
+        condition: what the network is told about a sample, a name in ``CONDITIONS``.
+        condition_dropout: how often it is not told, for guidance.
         ema_decay: greatest decay of the moving average; after n updates it is min(ema_decay, (1+n)/(10+n)).
         seed: of weights, batches, noise and timesteps.
     """
@@ -95,21 +96,22 @@ class TrainPlan:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema_decay: float = 0.9999
-    conditional: bool = False
-    label_dropout: float = 0.1
+    condition: str = "none"
+    condition_dropout: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         choose("learning-rate schedule", self.lr_schedule, LR_SCHEDULES)
         choose("precision", self.precision, PRECISIONS)
+        choose("condition", self.condition, CONDITIONS)
         for name in ("steps", "batch", "micro_batches", "lr"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.label_dropout <= 1:
-            raise InputError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise InputError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -130,6 +132,7 @@ class Trainer:
         base_density: probabilities of t, shape (T+1,), in place of the plan's density.
         device: where the network lives.
         network: a module ``forward(x, log_snr)`` in place of the one that the plan names; its weights are taken over.
+        text: the embedded captions of the data, if the plan's condition is text.
         rank, world: this process and the number of processes that train together (torch.distributed is initialised).
 
     Raises:
@@ -147,6 +150,7 @@ class Trainer:
         base_density: Array | None = None,
         device: torch.device | str = "cpu",
         network: nn.Module | None = None,
+        text: TextTable | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -160,11 +164,11 @@ class Trainer:
         self.samples = data.train.to(self.device)
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
-        self.classes = number_of_classes(data) if plan.conditional else 0
         # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
         self.draws = type(network) not in NETWORKS.values()
-        if plan.conditional:
-            network = LabelledNetwork(network, self.classes)
+        self.conditioning = conditioning(plan.condition, data, text)
+        if self.conditioning:
+            network = self.conditioning.network(network, plan.seed)
         self.denoiser = Denoiser(network, process, plan.prediction, data_std).to(self.device)
         self.averaged = AveragedModel(self.denoiser.network, multi_avg_fn=_ema_with_warmup(plan.ema_decay)).eval()
         # The same process and scales around the averaged weights.
@@ -199,13 +203,13 @@ class Trainer:
         x0 = self.samples[rows.to(self.device)]
         eps = normal((plan.batch, *x0.shape[1:]), plan.seed, NOISE, step, 0)[mine].to(self.device)
         t, weight = self.sampler.sample(share, step=step, rank=self.rank, world=self.world, device=self.device)
-        labels = self._labels(rows, step, mine) if plan.conditional else None
+        condition = self._condition(rows, step, mine)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         size = share // plan.micro_batches
         for first in range(0, share, size):
             part = slice(first, first + size)
-            denoiser = self.denoiser if labels is None else given(self.denoiser, labels[part])
+            denoiser = self.denoiser if condition is None else given(self.denoiser, condition[part])
             with self._autocast(), self._drawing(step, first):
                 losses = denoiser.losses(x0[part], eps[part], t[part])
             loss = (losses.float() * self.loss_weight[t[part]] * weight[part]).sum() / (plan.batch * self.data.dim)
@@ -253,11 +257,12 @@ class Trainer:
         for gradient, summed in zip(gradients, parts, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def _labels(self, rows: Tensor, step: int, mine: slice) -> Tensor:
-        """Labels of this process's part of a batch, some replaced by the null label."""
-        assert self.data.labels is not None
-        dropped = uniform((self.plan.batch,), self.plan.seed, LABELS, step, 0)[mine] < self.plan.label_dropout
-        return torch.where(dropped, self.classes, self.data.labels[rows]).to(self.device)
+    def _condition(self, rows: Tensor, step: int, mine: slice) -> Condition | None:
+        """What the network is told of this process's part of a batch, some of it dropped."""
+        if self.conditioning is None:
+            return None
+        dropped = uniform((self.plan.batch,), self.plan.seed, LABELS, step, 0)[mine] < self.plan.condition_dropout
+        return self.conditioning.train(rows, dropped).to(self.device)
 
     def report_heldout(self, heldout: HeldOut) -> None:
         """Give the pacing rule its held-out losses if it wants them after this iteration.
@@ -266,8 +271,8 @@ class Trainer:
         """
         every = self.sampler.heldout_every
         if every and self.done % every == 0:
-            x0, eps, t, labels = heldout.select(self.sampler.active(heldout.t.numpy()))
-            told = None if labels is None else labels.to(self.device)
+            x0, eps, t, condition = heldout.select(self.sampler.active(heldout.t.numpy()))
+            told = None if condition is None else condition.to(self.device)
             self.denoiser.eval()
             losses = eval_losses(self.denoiser, x0.to(self.device), eps.to(self.device), t.to(self.device), told)
             self.denoiser.train()
@@ -300,17 +305,6 @@ class Trainer:
         self.averaged.n_averaged.fill_(state["ema_updates"])
         self.sampler.load_state_dict(state["sampler"])
         self.done = state["step"]
-
-
-def number_of_classes(data: Dataset) -> int:
-    """Classes of a labelled data set.
-
-    Raises:
-        InputError: if it has no labels.
-    """
-    if data.labels is None:
-        raise InputError(f"data set {data.name!r} has no labels; train without conditioning")
-    return int(data.labels.max()) + 1
 
 
 Tensors = tuple[Tensor, ...] | list[Tensor]

@@ -1,5 +1,7 @@
 """Small worlds for the tests of training: a short process, an exact Gaussian, and a ranking written by hand."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,14 @@ from training.curriculum import Curriculum, make_curriculum
 
 # Difficulty of eight tasks, cleanest first: three groups that are plain to see, neither monotone nor contiguous.
 VALUES = [9.0, 10.0, 1.0, 1.1, 10.5, 0.1, 0.11, 0.12]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is computed once is computed once per session, not found from one before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DENOISING_DIFFICULTY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

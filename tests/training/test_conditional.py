@@ -6,13 +6,14 @@ from difficulty.datasets import split_samples
 from difficulty.errors import InputError
 from difficulty.networks import NETWORKS, build_network
 from difficulty.process import get_process
-from training.conditional import Guided, LabelledNetwork, accuracy, given
+from training.accuracy import ClassJudge
+from training.conditional import Classes, Guided, LabelledNetwork, given
 from training.heldout import HeldOut
 from training.run import Cadence, restore, train
 from training.sampling import draw_samples
 from training.trainer import Trainer, TrainPlan
 
-PLAN = TrainPlan(steps=300, batch=64, network="mlp:width=32,depth=2", prediction="v", lr=5e-3, conditional=True)
+PLAN = TrainPlan(steps=300, batch=64, network="mlp:width=32,depth=2", prediction="v", lr=5e-3, condition="class")
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +50,31 @@ def test_untrained_labels_say_nothing(name):
     x, log_snr = torch.randn(6, *shape), torch.linspace(-3, 3, 6)
     plain = network(x, log_snr)
     assert torch.equal(plain, network(x, log_snr, torch.arange(6)))
-    torch.nn.init.normal_(network.network.embedding.label.weight)
+    torch.nn.init.normal_(network.network.embedding.part.label.weight)
     assert not torch.allclose(network(x, log_snr), network(x, log_snr, torch.arange(6)))
 
 
 def test_conditional_samples_are_of_the_class_that_was_asked_for(trained, two_classes):
     labels = torch.arange(400) % 2
-    samples = draw_samples(trained.ema, 400, (2,), seed=0, labels=labels)
-    obeyed = accuracy(samples, labels, two_classes)
-    assert obeyed["ci_low"] > 0.95
-    assert obeyed["ci_low"] <= obeyed["accuracy"] <= obeyed["ci_high"]
-    assert obeyed["heldout"] > 0.99
+    samples = draw_samples(trained.ema, 400, (2,), seed=0, condition=labels)
+    judge = ClassJudge(two_classes)
+    obeyed = judge(samples, labels)
+    assert obeyed["group"].tolist() == ["all", "class", "class"]
+    assert (obeyed["ci_low"] > 0.93).all()
+    assert obeyed["accuracy"].between(obeyed["ci_low"], obeyed["ci_high"]).all()
+    assert judge.heldout > 0.99
+
+
+def test_accuracy_counts_per_class_and_caption_with_wilsons_interval(two_classes):
+    # 30 samples asked to be left and 10 to be right; 6 and 1 of them are on the other side.
+    sides = torch.tensor([-1.0] * 24 + [1.0] * 6 + [1.0] * 9 + [-1.0])
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    captions = ["left"] * 20 + ["to the left"] * 10 + ["right"] * 10
+    found = ClassJudge(two_classes)(torch.stack([sides, torch.zeros(40)], 1), labels, captions).set_index("value")
+    assert found["samples"].tolist() == [40, 30, 10, 20, 10, 10]
+    assert found["accuracy"].tolist() == pytest.approx([33 / 40, 0.8, 0.9, 1.0, 0.4, 0.9])
+    # Wilson 1927: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = 0.8, n = 30, z = 1.96
+    assert found.loc["0", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.6269, 0.9050], abs=2e-4)
 
 
 def test_without_labels_the_same_network_samples_both_classes(trained, two_classes):
@@ -80,26 +95,27 @@ def test_labels_make_the_heldout_loss_of_labelled_data_smaller(trained, two_clas
     from difficulty.ranking import RankingTask
     from difficulty.tasks import make_tasks
 
-    heldout = HeldOut(two_classes, process, [RankingTask.of(task, process) for task in make_tasks(process, 4)])
+    tasks = [RankingTask.of(task, process) for task in make_tasks(process, 4)]
+    heldout = HeldOut(two_classes, process, tasks, conditioning=Classes(two_classes))
     told = heldout.evaluate(trained.ema).nats
-    heldout.labels = None
+    heldout.condition = None
     assert told < heldout.evaluate(trained.ema).nats
 
 
 def test_labels_that_are_always_dropped_are_never_learned(two_classes, process):
-    plan = TrainPlan(**(vars(PLAN) | {"label_dropout": 1.0, "steps": 20}))
+    plan = TrainPlan(**(vars(PLAN) | {"condition_dropout": 1.0, "steps": 20}))
     trainer = Trainer(two_classes, process, plan)
     for _ in range(20):
         trainer.step()
-    weight = trainer.denoiser.network.network.embedding.label.weight
+    weight = trainer.denoiser.network.network.embedding.part.label.weight
     assert (weight[:2] == 0).all()
     assert (weight[2] != 0).any()
 
 
 def test_labels_are_dropped_as_often_as_asked(two_classes, process):
-    trainer = Trainer(two_classes, process, TrainPlan(**(vars(PLAN) | {"label_dropout": 0.3, "batch": 400})))
+    trainer = Trainer(two_classes, process, TrainPlan(**(vars(PLAN) | {"condition_dropout": 0.3, "batch": 400})))
     rows = torch.arange(400)
-    dropped = torch.cat([trainer._labels(rows, step, slice(400)) == 2 for step in range(50)]).float().mean()
+    dropped = torch.cat([trainer._condition(rows, step, slice(400)) == 2 for step in range(50)]).float().mean()
     assert float(dropped) == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / 20000))
 
 
@@ -116,17 +132,17 @@ def test_conditional_run_is_resumed_and_restored_with_its_labels(two_classes, pr
         train(two_classes, process, plan, tmp_path / "cut", cadence=cadence, watch=stop)
     train(two_classes, process, plan, tmp_path / "cut", cadence=cadence)
     denoiser, config = restore(tmp_path / "cut")
-    assert config["classes"] == 2
+    assert config["condition"] == {"kind": "class", "network": {"classes": 2}}
     labels = torch.arange(6) % 2
-    first = draw_samples(denoiser, 6, (2,), seed=0, labels=labels, guidance=2.0)
-    assert torch.equal(first, draw_samples(whole.ema, 6, (2,), seed=0, labels=labels, guidance=2.0))
+    first = draw_samples(denoiser, 6, (2,), seed=0, condition=labels, guidance=2.0)
+    assert torch.equal(first, draw_samples(whole.ema, 6, (2,), seed=0, condition=labels, guidance=2.0))
 
 
 def test_conditioning_without_labels_is_refused(gaussian, process, two_classes):
     with pytest.raises(InputError, match="no labels"):
         Trainer(gaussian, process, PLAN)
     plain = Trainer(two_classes, process, TrainPlan(network="mlp:width=8"))
-    with pytest.raises(InputError, match="without labels"):
-        draw_samples(plain.ema, 4, (2,), seed=0, labels=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(InputError, match="without a condition"):
+        draw_samples(plain.ema, 4, (2,), seed=0, condition=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(InputError, match="no labels"):
-        accuracy(torch.zeros(2, 4), torch.zeros(2), gaussian)
+        ClassJudge(gaussian)

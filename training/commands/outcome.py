@@ -4,17 +4,17 @@ __all__ = ["evaluate", "plot", "sample"]
 
 import json as jsonlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
-from difficulty.records import write_bytes, write_json
+from difficulty.records import write_bytes, write_json, write_table
 from training.commands.arguments import File, Text, chosen_device, chosen_tasks
-from training.conditional import accuracy
+from training.commands.condition import asked_for, obedience, sentences, summary, told_of
 from training.curriculum import Curriculum
 from training.effects import LEVEL
 from training.heldout import HeldOut
@@ -31,13 +31,16 @@ def sample(
     method: str = "ddim",
     steps: int = 50,
     labels: tuple[int, ...] = (),
+    prompt: tuple[str, ...] = (),
     guidance: float = 1.0,
+    text_encoder: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
     """Draw samples of a run with its averaged weights, as an array file and a picture.
 
     Example: training sample runs/digits --count 64 --method heun
+    Of a run with captions: training sample runs/captions --prompt "a handwritten seven" --guidance 2
 
     Args:
         folder: Folder of `training run`.
@@ -46,7 +49,9 @@ def sample(
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler.
         labels: Wanted classes of a conditional run, repeated in turn; default: all of them.
+        prompt: Wanted captions of a run with a text encoder, repeated in turn.
         guidance: Classifier-free guidance; 1 is the conditional model itself.
+        text_encoder: Where the run's text encoder is now, if it was moved.
         seed: Of the noise.
         device: cpu, cuda, or auto.
     """
@@ -65,7 +70,7 @@ def sample(
         seed=seed,
         method=method,
         steps=steps,
-        labels=_labels(labels, count, config["classes"]),
+        condition=asked_for(folder, config, count, labels, prompt, text_encoder),
         guidance=guidance,
         device=where,
     )
@@ -88,6 +93,7 @@ def evaluate(
     method: str = "ddim",
     steps: int = 50,
     guidance: float = 1.0,
+    text_encoder: str | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> None:
@@ -103,7 +109,9 @@ def evaluate(
         samples: Samples that are judged.
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler.
-        guidance: Of a conditional run, whose samples are also judged by a separate classifier.
+        guidance: Of a conditional run, whose samples are also judged by a separate classifier, per class and per
+            caption; captions that no training sample had are asked for as well, with as many samples.
+        text_encoder: Where the run's text encoder is now, if it was moved.
         seed: Of the noise.
         json: Print everything as JSON, and write evaluation.json.
     """
@@ -113,13 +121,14 @@ def evaluate(
         raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
     chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
     tasks = chosen_tasks(chosen, denoiser.process)
-    heldout = HeldOut(dataset, denoiser.process, tasks)
+    told = told_of(folder, config, dataset, text_encoder)
+    heldout = HeldOut(dataset, denoiser.process, tasks, conditioning=told)
     measured = heldout.evaluate(denoiser)
     judge = SampleJudge(dataset.train, metrics, dataset.value_range)
-    labels = _labels((), samples, config["classes"])
-    drawn = draw_samples(
-        denoiser, samples, dataset.shape, seed=seed, method=method, steps=steps, labels=labels, guidance=guidance
+    draw = partial(
+        draw_samples, denoiser, shape=dataset.shape, seed=seed, method=method, steps=steps, guidance=guidance
     )
+    drawn, obeyed = obedience(told, dataset, samples, draw)
     found = judge.evaluate(drawn)
     report: dict[str, Any] = {
         "nats": measured.nats,
@@ -130,8 +139,9 @@ def evaluate(
         "samples": samples,
         "metrics": {name: asdict(metric) for name, metric in found.items()},
     }
-    if labels is not None:
-        report["condition"] = accuracy(drawn, labels, dataset)
+    if obeyed is not None:
+        report["condition"] = summary(obeyed)
+        write_table(folder / "condition.csv", obeyed)
     write_json(folder / "evaluation.json", report)
     if json:
         print(jsonlib.dumps(report))
@@ -143,12 +153,8 @@ def evaluate(
             f"  {name:20} {metric.value:.4f} [{metric.ci_low:.4f}, {metric.ci_high:.4f}], {metric.better} is better; "
             f"between two halves of the data {metric.split_half:.4f}"
         )
-    if labels is not None:
-        obeyed = report["condition"]
-        print(
-            f"  class obeyed by {obeyed['accuracy']:.1%} [{obeyed['ci_low']:.1%}, {obeyed['ci_high']:.1%}] of the "
-            f"samples, judged by a classifier that is right on {obeyed['heldout']:.1%} of held-out data"
-        )
+    if obeyed is not None:
+        print("\n".join(f"  {line}" for line in sentences(obeyed)))
 
 
 def plot(folder: File) -> None:
@@ -161,15 +167,3 @@ def plot(folder: File) -> None:
     """
     for path in draw_folder(folder):
         print(path)
-
-
-def _labels(wanted: tuple[int, ...], count: int, classes: int) -> torch.Tensor | None:
-    """Labels of the samples to draw; None for a model that was trained without."""
-    if not classes:
-        if wanted:
-            raise InputError("this run was trained without --conditional; it knows no labels")
-        return None
-    unknown = [label for label in wanted if not 0 <= label < classes]
-    if unknown:
-        raise InputError(f"label {unknown[0]} is none of the run's classes 0..{classes - 1}")
-    return torch.tensor(wanted or range(classes))[torch.arange(count) % (len(wanted) or classes)]

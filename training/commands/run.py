@@ -3,6 +3,7 @@
 __all__ = ["run"]
 
 import atexit
+import functools
 import json as jsonlib
 import os
 import shlex
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from difficulty.datasets import load_dataset
 from difficulty.records import write_bytes
 from training.commands.arguments import Text, chosen_device, chosen_process, chosen_tasks
+from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum
 from training.heldout import HeldOut
 from training.plots import draw_folder, save_grid
@@ -44,7 +46,8 @@ def run(
     clip: float = 1.0,
     ema_decay: float = 0.9999,
     conditional: bool = False,
-    label_dropout: float = 0.1,
+    text_encoder: str | None = None,
+    condition_dropout: float = 0.1,
     seed: int = 0,
     evaluate_every: int = 100,
     checkpoint_every: int = 200,
@@ -81,7 +84,9 @@ def run(
         clip: Greatest norm of the gradient, 0 for none.
         ema_decay: Greatest decay of the averaged weights.
         conditional: Tell the network the class of each sample.
-        label_dropout: How often it is not told, which makes guidance possible.
+        text_encoder: Tell it the caption, embedded by this: a folder or hub name of a text encoder of transformers, or
+            tiny, a small one trained on the data's own captions.
+        condition_dropout: How often it is told neither, which makes guidance possible.
         seed: Of weights, batches, noise and timesteps.
         evaluate_every: Iterations between held-out losses, 0 for the end only.
         checkpoint_every: Iterations between checkpoints, 0 for the end only.
@@ -92,7 +97,9 @@ def run(
         json: Print the final losses as JSON.
     """
     rank, where = _join_processes(device)
+    tell = functools.partial(tqdm.write, file=sys.stderr)
     dataset = load_dataset(data)
+    text = chosen_text(text_encoder, dataset, tell) if text_encoder else None
     chosen = None if curriculum == "none" else Curriculum.load(curriculum)
     forward = chosen_process(process, chosen, curriculum)
     plan = TrainPlan(
@@ -111,8 +118,8 @@ def run(
         weight_decay=weight_decay,
         clip=clip,
         ema_decay=ema_decay,
-        conditional=conditional,
-        label_dropout=label_dropout,
+        condition=chosen_condition(conditional, text_encoder),
+        condition_dropout=condition_dropout,
         seed=seed,
     )
     cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
@@ -131,11 +138,12 @@ def run(
         plan,
         out,
         chosen,
+        text=text,
         cadence=cadence,
         resume=resume,
         device=where,
         watch=watch,
-        tell=lambda message: tqdm.write(message, file=sys.stderr),
+        tell=tell,
         show=lambda samples, path: save_grid(samples, path, dataset.value_range),
     )
     bar.close()
@@ -143,7 +151,7 @@ def run(
         return
     write_bytes(out / "command.txt", (shlex.join(["training", *sys.argv[1:]]) + "\n").encode())
     figures = draw_folder(out)
-    tasks = HeldOut(dataset, forward, chosen_tasks(chosen, forward))
+    tasks = HeldOut(dataset, forward, chosen_tasks(chosen, forward), conditioning=trainer.conditioning)
     measured = tasks.evaluate(trainer.ema)
     if json:
         print(jsonlib.dumps({"out": str(out), "steps": trainer.done, "nats": measured.nats, "loss": measured.loss}))
