@@ -181,7 +181,8 @@ def _null_condition(model: Any) -> dict[str, Callable[[int], Tensor]]:
         elif name == "class_labels" and config.get("num_class_embeds"):
             makers[name] = functools.partial(_labels, config["num_class_embeds"] - 1)
         elif name == "encoder_hidden_states":
-            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+            widths = (config.get(key) for key in ("caption_channels", "joint_attention_dim", "cross_attention_dim"))
+            width = next(filter(None, widths), None)
             if width:
                 makers[name] = functools.partial(_zeros, width)
         elif name == "pooled_projections" and config.get("pooled_projection_dim"):

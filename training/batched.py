@@ -53,7 +53,7 @@ class RunsTogether(Protocol):
 
 def can_be_stacked(plan: TrainPlan) -> bool:
     """Whether runs of this plan train faster as one program, and nothing they need is missing there."""
-    plain = plan.precision == "fp32" and plan.micro_batches == 1 and not plan.conditional
+    plain = plan.precision == "fp32" and plan.micro_batches == 1 and plan.condition == "none"
     return plain and choose_engine("auto", plan.network) == "vmap"
 
 

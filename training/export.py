@@ -34,8 +34,9 @@ def export_run(folder: Path, out: Path) -> tuple[str, bool]:
     """
     denoiser, config = restore(folder)
     spec, network = config["plan"]["network"], denoiser.network
-    if config["classes"]:
-        raise InputError(f"{folder} is class-conditional; diffusers has no pipeline that gives a UNet2DModel a class")
+    if config["condition"]:
+        kind_of = {"class": "classes", "text": "captions of any encoder"}[config["condition"]["kind"]]
+        raise InputError(f"{folder} was trained with {kind_of}; diffusers has no pipeline that gives them to a network")
     if not isinstance(network, DiffusersNetwork):
         raise InputError(f"diffusers has no class for network {spec!r}; train with --network diffusers:CONFIG.json")
     name = type(network.model).__name__

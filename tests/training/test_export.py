@@ -80,10 +80,10 @@ def test_what_diffusers_cannot_sample_is_refused_and_nothing_is_written(gaussian
 
 
 def test_classes_of_a_diffusers_unet_are_trained_and_refused_by_export(tmp_path):
-    trainer = _run(tmp_path, "vp-linear:T=20", UNET | {"num_class_embeds": 11}, conditional=True)
+    trainer = _run(tmp_path, "vp-linear:T=20", UNET | {"num_class_embeds": 11}, condition="class")
     moments = trainer.optimizer.state[trainer.denoiser.network.network.model.class_embedding.weight]["exp_avg_sq"]
     assert (moments.sum(1) > 0).sum() >= 9
-    with pytest.raises(InputError, match="class-conditional"):
+    with pytest.raises(InputError, match="trained with classes"):
         export_run(tmp_path / "run", tmp_path / "out")
 
 
