@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 BETTER, WORSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
+COVERAGE_PARTS = 50
 WIDTH = 8.0  # inches: readable at the width of a page
 DISTANCE_NAMES = {"fd": "Fréchet distance", "sw": "sliced Wasserstein"}
 METRIC_NAMES = {"nats": "held-out nats", "loss": "held-out loss"} | {
@@ -195,10 +196,61 @@ def loss_heat_map(folder: Path) -> "Figure":
     return figure
 
 
-def _rows(count: int) -> "tuple[Figure, list[Axes]]":
+def coverage(folder: Path) -> "Figure":
+    """How often each t was drawn against how often the densities of the stages ask for it, in equal parts of t."""
+    table = read_table(folder / "coverage.csv", ("t", "log_snr", "samples", "expected"))
+    parts = np.array_split(np.arange(len(table)), min(COVERAGE_PARTS, len(table)))
+    samples, expected = (np.array([table[name].to_numpy()[p].sum() for p in parts]) for name in ("samples", "expected"))
+    edges = np.array([0.5, *(p[-1] + 1.5 for p in parts)])
+    size = np.diff(edges)
+    noise = 2 * np.sqrt(expected)
+    figure, (above, below) = _rows(2, height=1.9)
+    above.stairs(samples / size, edges, color=COLOURS[0], lw=1.5, label="drawn")
+    above.stairs(expected / size, edges, color="black", lw=1, ls="--", label="asked for")
+    above.set_ylabel("samples per t")
+    above.set_ylim(bottom=0)
+    above.legend(fontsize=8, frameon=False, loc="upper left")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio, reach = 100 * (samples / expected - 1), 100 * noise / expected
+    below.stairs(np.nan_to_num(reach), edges, baseline=-np.nan_to_num(reach), fill=True, color="#dddddd",
+                 label="two standard deviations of chance")  # fmt: skip
+    below.stairs(ratio, edges, color=COLOURS[0], lw=1.5)
+    below.axhline(0, color="black", lw=0.8)
+    below.set_ylabel("drawn over\nasked for, %")
+    below.set_xlabel("t (noise grows to the right)")
+    below.legend(fontsize=8, frameon=False, loc="upper left")
+    finite = table[np.isfinite(table["log_snr"])]
+    shown = np.unique(np.linspace(0, len(finite) - 1, 8).astype(int))
+    top = above.secondary_xaxis("top")
+    top.set_xticks(finite["t"].to_numpy()[shown], [f"{value:.1f}" for value in finite["log_snr"].to_numpy()[shown]])
+    top.set_xlabel("log-SNR")
+    never = int(((table["samples"] == 0) & (table["expected"] > 0)).sum())
+    figure.suptitle(f"Coverage of t: {never} of {len(table)} timesteps that are asked for were never drawn", fontsize=9)
+    return figure
+
+
+def samples_over_time(folder: Path) -> "Figure":
+    """The grids of samples that the run wrote, from the same noise, at up to six iterations."""
+    from PIL import Image
+
+    files = sorted((folder / "samples").glob("step-*.png"))
+    if not files:
+        raise InputError(f"{folder} holds no samples; give --sample-every")
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 6).astype(int))]
+    figure, axes = _figure(1.9 if len(chosen) > 3 else 3.2, len(chosen))
+    for ax, file in zip(axes, chosen, strict=True):
+        with Image.open(file) as image:
+            ax.imshow(np.asarray(image.convert("RGB")))
+        ax.set_title(f"iteration {int(file.stem.removeprefix('step-'))}", fontsize=8)
+        ax.axis("off")
+    figure.suptitle("Samples over training, from the same noise", fontsize=9)
+    return figure
+
+
+def _rows(count: int, height: float = 1.3) -> "tuple[Figure, list[Axes]]":
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, 0.9 + 1.3 * count), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, 0.9 + height * count), layout="constrained", sharex=True)
     return figure, list(np.atleast_1d(axes))
 
 
@@ -264,6 +316,8 @@ RUN_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
     "curve": run_curve,
     "loss_heat_map": loss_heat_map,
     "stages": stage_timeline,
+    "coverage": coverage,
+    "samples": samples_over_time,
 }
 
 

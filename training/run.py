@@ -5,6 +5,7 @@ curriculum.json   if there is one
 losses.csv        step, samples, stage, task, nats_per_log_snr, loss: held-out, per task, averaged weights
 curve.csv         step, samples, stage, train_loss, lr, nats, loss
 stages.csv        stage, start, end, reason, samples_per_task
+coverage.csv      t, log_snr, samples, expected: how often each t was drawn, and how often its densities ask for
 samples/          grids over training
 denoiser.safetensors  the averaged weights at the end, for `difficulty probe`; not of a conditional network
 text-encoder/     the text encoder, if it was trained for the run
@@ -37,10 +38,10 @@ from difficulty.tasks import make_tasks
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process
-from training.heldout import HeldOut
+from training.heldout import HeldOut, HeldOutLoss
 from training.sampling import draw_samples
 from training.text import TextTable
-from training.timesteps import stage_rows
+from training.timesteps import coverage_rows, stage_rows
 from training.trainer import Diverged, Trainer, TrainPlan
 
 RESUME = ("auto", "never")
@@ -48,6 +49,7 @@ LOSS_COLUMNS = ("step", "samples", "stage", "task", "nats_per_log_snr", "loss")
 CURVE_COLUMNS = ("step", "samples", "stage", "train_loss", "lr", "nats", "loss")
 Watcher = Callable[[Trainer, float], None]
 Shower = Callable[[torch.Tensor, Path], None]
+Judged = Callable[[Trainer, HeldOutLoss], None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def train(
     watch: Watcher | None = None,
     tell: Callable[[str], None] = lambda message: None,
     show: Shower | None = None,
+    judged: Judged | None = None,
 ) -> Trainer:
     """Train, or continue a run of the same settings in ``out``.
 
@@ -100,6 +103,7 @@ def train(
         watch: called with the trainer and the batch loss after every iteration.
         tell: called with sentences for the user.
         show: called with samples and a path to draw them to.
+        judged: called with the trainer and its held-out losses after every evaluation.
 
     Raises:
         InputError: if the folder holds another run, or the loss diverged (``Diverged``): then the last good state is
@@ -137,7 +141,9 @@ def train(
         if rank > 0:  # the first process writes
             continue
         if _now(cadence.evaluate, trainer.done, last):
-            _log_heldout(trainer, heldout, float(loss), log)
+            measured = _log_heldout(trainer, heldout, float(loss), log)
+            if judged:
+                judged(trainer, measured)
             _write_tables(trainer, out, log, tasks)
         if show and _now(cadence.sample, trainer.done, last):
             wanted = trainer.conditioning.examples(cadence.grid) if trainer.conditioning else None
@@ -214,19 +220,21 @@ def _open(
     return start_run(out, "train", config), state
 
 
-def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> None:
+def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> HeldOutLoss:
     measured = heldout.evaluate(trainer.ema)
     done, stage = trainer.done, trainer.sampler.stage
     samples, lr = done * trainer.plan.batch, trainer.plan.lr_at(done - 1)
     log["curve"].append([done, samples, stage, loss, lr, measured.nats, measured.loss])
     pairs = zip(measured.nats_per_task.tolist(), measured.loss_per_task.tolist(), strict=True)
     log["losses"] += [[done, samples, stage, task, nats, own] for task, (nats, own) in enumerate(pairs)]
+    return measured
 
 
 def _write_tables(trainer: Trainer, out: Path, log: dict[str, list[list[float]]], tasks: list[RankingTask]) -> None:
     for name, columns in (("losses", LOSS_COLUMNS), ("curve", CURVE_COLUMNS)):
         write_table(out / f"{name}.csv", pd.DataFrame(log[name], columns=columns))
     write_table(out / "stages.csv", pd.DataFrame(stage_rows(trainer.sampler, tasks)))
+    write_table(out / "coverage.csv", pd.DataFrame(coverage_rows(trainer.sampler, trainer.process)))
 
 
 def restore(folder: Path) -> tuple[Denoiser, dict[str, Any]]:

@@ -8,7 +8,7 @@ a curriculum may change the base density at stated shares of the budget, its pha
 One cluster of all tasks and no curriculum at all go through the same arithmetic and draw the same t.
 """
 
-__all__ = ["StageRecord", "TimestepSampler", "stage_rows"]
+__all__ = ["StageRecord", "TimestepSampler", "coverage_rows", "stage_rows"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -274,3 +274,11 @@ def stage_rows(sampler: TimestepSampler, tasks: Sequence[Interval]) -> list[dict
         row = {"stage": record.stage, "start": record.start, "end": record.end, "reason": record.reason}
         rows.append(row | {"samples_per_task": " ".join(map(str, counts))})
     return rows
+
+
+def coverage_rows(sampler: TimestepSampler, process: Process) -> dict[str, Array]:
+    """The columns of coverage.csv: every t in 1..T, its log-SNR, the samples that it had, and those to be expected."""
+    samples = np.sum([record.samples_per_t for record in sampler.log()], axis=0)
+    t = np.arange(1, process.T + 1)
+    expected = sampler.exposure() * samples.sum()
+    return {"t": t, "log_snr": process.log_snr(t), "samples": samples[1:], "expected": expected[1:]}

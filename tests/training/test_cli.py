@@ -42,7 +42,9 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     code, text, _ = call("run", DATA, "--curriculum", curriculum, "--out", out, "--steps", "40", *SMALL, "--json")
     assert code == 0
     assert json.loads(text)["steps"] == 40
-    assert {path.name for path in (out / "figures").glob("*.png")} == {"curve.png", "loss_heat_map.png", "stages.png"}
+    assert {path.name for path in (out / "figures").glob("*.png")} == {
+        "curve.png", "loss_heat_map.png", "stages.png", "coverage.png", "samples.png"
+    }  # fmt: skip
     code, text, _ = call("sample", out, "--count", "10", "--method", "heun", "--steps", "10")
     assert code == 0
     assert np.load(out / "samples.npz")["data"].shape == (10, 4)

@@ -19,6 +19,7 @@ from difficulty.records import write_bytes
 from training.commands.arguments import Text, chosen_device, chosen_process, chosen_tasks
 from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum
+from training.events import EventLog
 from training.heldout import HeldOut
 from training.plots import draw_folder, save_grid
 from training.run import Cadence, train
@@ -54,6 +55,7 @@ def run(
     sample_every: int = 500,
     keep: int = 3,
     resume: Literal["auto", "never"] = "auto",
+    tensorboard: bool = False,
     device: str = "auto",
     json: bool = False,
 ) -> None:
@@ -93,6 +95,7 @@ def run(
         sample_every: Iterations between sample grids, 0 for the end only.
         keep: Checkpoints that stay.
         resume: auto continues a run of the same settings in the folder, never refuses one.
+        tensorboard: Also write events for `tensorboard --logdir`, in the folder's tensorboard/.
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
     """
@@ -123,14 +126,22 @@ def run(
         seed=seed,
     )
     cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
+    events = EventLog(out / "tensorboard") if tensorboard and rank == 0 else None
     bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or rank > 0 or None)
 
     def watch(trainer: Trainer, loss: float) -> None:
         bar.update(trainer.done - bar.n)
+        if events:
+            events.iteration(trainer, loss)
         if trainer.done % 50 == 0:
             bar.set_postfix_str(
                 f"stage {trainer.sampler.stage + 1}/{trainer.sampler.stages}, loss {loss:.4f}", refresh=False
             )
+
+    def show(samples: torch.Tensor, path: Path) -> None:
+        save_grid(samples, path, dataset.value_range)
+        if events:
+            events.picture(path)
 
     trainer = train(
         dataset,
@@ -144,9 +155,12 @@ def run(
         device=where,
         watch=watch,
         tell=tell,
-        show=lambda samples, path: save_grid(samples, path, dataset.value_range),
+        show=show,
+        judged=events.evaluation if events else None,
     )
     bar.close()
+    if events:
+        events.close()
     if rank > 0:
         return
     write_bytes(out / "command.txt", (shlex.join(["training", *sys.argv[1:]]) + "\n").encode())
