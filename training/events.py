@@ -1,4 +1,4 @@
-"""A run as TensorBoard events: batch loss, learning rate and stage; held-out nats and loss, in all and per task; samples.
+"""A run as TensorBoard events: batch loss, learning rate, stage; held-out nats and loss, in all and per task; samples.
 
 What the tables of a run hold is written a second time in the form that TensorBoard shows while the run goes on. The
 tables remain the record. A run that continues after a kill overwrites the events after its checkpoint.

@@ -148,7 +148,7 @@ def stage_timeline(folder: Path) -> "Figure":
             counts_of_task = np.array([int(n) for n in str(row.samples_per_task).split()])
             share = counts_of_task / max(counts_of_task.sum(), 1)
             end = row.end if row.end == row.end else stages["end"].max()
-            ax.pcolormesh(
+            image = ax.pcolormesh(
                 [row.start, end],
                 np.arange(len(share) + 1) - 0.5,
                 share[:, None],
@@ -159,32 +159,34 @@ def stage_timeline(folder: Path) -> "Figure":
             ax.axvline(row.start, color="white", lw=0.5)
         ax.set_ylabel(f"{arm}\ntask (0 cleanest)", fontsize=8)
     axes[-1].set_xlabel("iteration")
-    figure.suptitle("Share of the samples of each task per stage (bright: large)", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of the stage's samples")
+    figure.suptitle("What each stage trained: share of its samples that each task had", fontsize=9)
     return figure
 
 
 def run_curve(folder: Path) -> "Figure":
     """Held-out nats, held-out loss and learning rate of one run."""
-    table = read_table(folder / "curve.csv", ("step", "nats", "loss", "lr", "stage"))
+    table = read_table(folder / "curve.csv", ("step", "nats", "loss", "lr"))
+    stages = read_table(folder / "stages.csv", ("stage", "start"))
     figure, axes = _figure(2.8, 3)
     for ax, (name, label) in zip(
         axes, (("nats", "held-out nats"), ("loss", "held-out loss"), ("lr", "learning rate")), strict=True
     ):
         ax.plot(table["step"], table[name], color=COLOURS[0], lw=1.5)
-        for start in table.loc[table["stage"].diff() > 0, "step"]:
+        for start in stages.loc[stages["stage"].diff() > 0, "start"]:
             ax.axvline(start, color="#999999", lw=0.7, ls=":")
         ax.set_xlabel("iteration")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-    figure.suptitle("Averaged weights on fixed held-out draws; dotted: first evaluation of a new stage", fontsize=9)
+    figure.suptitle("Averaged weights on fixed held-out draws; dotted: start of a stage", fontsize=9)
     return figure
 
 
 def loss_heat_map(folder: Path) -> "Figure":
-    """Nats of every task over training, relative to its own last value."""
+    """Nats of every task over training, relative to its own least value."""
     table = read_table(folder / "losses.csv", ("step", "task", "nats_per_log_snr"))
     wide = table.pivot(index="task", columns="step", values="nats_per_log_snr")
-    relative = _log(wide.div(wide.iloc[:, -1], axis=0)) / np.log(10)
+    relative = _log(wide.div(wide.min(axis=1), axis=0)) / np.log(10)
     figure, (ax,) = _figure(3.6)
     steps = np.concatenate([[0], wide.columns.to_numpy()])
     edges = np.arange(len(wide) + 1) - 0.5
@@ -192,7 +194,8 @@ def loss_heat_map(folder: Path) -> "Figure":
     ax.set_xlabel("iteration")
     ax.set_ylabel("task (0 cleanest)")
     ax.set_yticks(range(0, len(wide), max(1, len(wide) // 10)))
-    figure.colorbar(image, ax=ax, label="log10 of nats over the task's last value")
+    figure.colorbar(image, ax=ax, label="log10 of nats over the task's least")
+    figure.suptitle("Held-out nats of each task over training, its best evaluation being 0 (dark)", fontsize=9)
     return figure
 
 
@@ -213,12 +216,15 @@ def coverage(folder: Path) -> "Figure":
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio, reach = 100 * (samples / expected - 1), 100 * noise / expected
     below.stairs(np.nan_to_num(reach), edges, baseline=-np.nan_to_num(reach), fill=True, color="#dddddd",
-                 label="two standard deviations of chance")  # fmt: skip
+                 label="chance (two standard deviations)")  # fmt: skip
     below.stairs(ratio, edges, color=COLOURS[0], lw=1.5)
     below.axhline(0, color="black", lw=0.8)
     below.set_ylabel("drawn over\nasked for, %")
     below.set_xlabel("t (noise grows to the right)")
+    below.set_ylim(-2.2 * np.nanmax(reach), 2.2 * np.nanmax(reach))
     below.legend(fontsize=8, frameon=False, loc="upper left")
+    for ax in (above, below):
+        ax.set_xlim(edges[0], edges[-1])
     finite = table[np.isfinite(table["log_snr"])]
     shown = np.unique(np.linspace(0, len(finite) - 1, 8).astype(int))
     top = above.secondary_xaxis("top")
@@ -230,14 +236,14 @@ def coverage(folder: Path) -> "Figure":
 
 
 def samples_over_time(folder: Path) -> "Figure":
-    """The grids of samples that the run wrote, from the same noise, at up to six iterations."""
+    """The grids of samples that the run wrote, from the same noise, at up to four iterations."""
     from PIL import Image
 
     files = sorted((folder / "samples").glob("step-*.png"))
     if not files:
         raise InputError(f"{folder} holds no samples; give --sample-every")
-    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 6).astype(int))]
-    figure, axes = _figure(1.9 if len(chosen) > 3 else 3.2, len(chosen))
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).astype(int))]
+    figure, axes = _figure(WIDTH / len(chosen) + 0.4, len(chosen))
     for ax, file in zip(axes, chosen, strict=True):
         with Image.open(file) as image:
             ax.imshow(np.asarray(image.convert("RGB")))

@@ -4,9 +4,10 @@
 tensor. docs/adapters.md shows each in at most 15 lines.
 """
 
-__all__ = ["Draws", "lightning_callback", "matches_ddpm", "matches_flow", "schedule_sampler"]
+__all__ = ["Draws", "EDMLoss", "lightning_callback", "matches_ddpm", "matches_flow", "schedule_sampler"]
 
 from training.adapters.draws import Draws
+from training.adapters.edm import EDMLoss
 from training.adapters.lightning import lightning_callback
 from training.adapters.schedule_sampler import schedule_sampler
 from training.adapters.schedulers import matches_ddpm, matches_flow
