@@ -10,7 +10,8 @@ from training.cli import main
 from training.events import EventLog
 
 ARGUMENTS = [
-    "training", "run", "gaussian:dim=4,var=0.25,n=400", "--steps", "40", "--evaluate-every", "20", "--sample-every", "20",
+    "training", "run", "gaussian:dim=4,var=0.25,n=400", "--steps", "40", "--evaluate-every", "20",
+    "--sample-every", "20",
     "--checkpoint-every", "20", "--batch", "8", "--network", "mlp:width=8,depth=2", "--json", "--tensorboard",
 ]  # fmt: skip
 
