@@ -19,7 +19,7 @@ import torch
 
 from difficulty.engines import StackedBank, choose_engine
 from difficulty.prediction import from_x0_eps
-from difficulty.randomness import normal, stream
+from difficulty.randomness import integers, normal
 from training.streams import BATCH, NOISE
 from training.trainer import Diverged, Trainer, TrainPlan, ema_share
 
@@ -123,9 +123,9 @@ class Stacked:
     def step(self) -> None:
         """See ``RunsTogether``."""
         plan, step, samples = self.plan, self.trainers[0].done, self.trainers[0].samples
-        rows = [stream(seed, BATCH, step, 0).integers(0, len(samples), plan.batch) for seed in self.seeds]
+        rows = [integers(len(samples), plan.batch, seed, BATCH, step, 0) for seed in self.seeds]
         noise = [normal((plan.batch, *samples.shape[1:]), seed, NOISE, step, 0) for seed in self.seeds]
-        x0 = torch.stack([samples[torch.from_numpy(chosen).to(samples.device)] for chosen in rows])[self.seed_of_run]
+        x0 = torch.stack([samples[chosen.to(samples.device)] for chosen in rows])[self.seed_of_run]
         eps = torch.stack(noise).to(samples.device)[self.seed_of_run]
         draws = [trainer.sampler.sample(plan.batch, step=step, device=samples.device) for trainer in self.trainers]
         t = torch.stack([draw[0] for draw in draws])

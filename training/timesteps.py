@@ -93,7 +93,7 @@ class TimestepSampler:
         self.reweight = reweight
         self.stage_tasks = stages
         self.records: list[StageRecord] = []
-        self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
+        self.counts = np.zeros(self.T + 1, dtype=np.int64)
         self._enter(0, 0)
 
     @property
@@ -124,9 +124,9 @@ class TimestepSampler:
         u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
         if self.stratified:
             u = (np.arange(batch * world) + u) / (batch * world)
-        whole = torch.from_numpy(np.searchsorted(self.cdf, u, side="right"))
-        self.counts += torch.bincount(whole, minlength=self.T + 1)
-        t = whole[rank * batch : (rank + 1) * batch]
+        whole = np.searchsorted(self.cdf, u, side="right")
+        self.counts += np.bincount(whole, minlength=self.T + 1)
+        t = torch.from_numpy(whole[rank * batch : (rank + 1) * batch])
         return t.to(device), self.weight_of_t[t].to(device)
 
     def advance(self, step: int) -> None:
@@ -212,7 +212,7 @@ class TimestepSampler:
         if state["curriculum"] != own or state["seed"] != self.seed:
             raise InputError("the saved sampler belongs to another curriculum or seed; start a new run")
         self.records = [StageRecord(**record) for record in state["records"]]
-        self.counts = torch.tensor(self.records[-1].samples_per_t, dtype=torch.int64)
+        self.counts = np.array(self.records[-1].samples_per_t, dtype=np.int64)
         self._set_density()
         self.pacing.load_state_dict(state["pacing"])
 
@@ -243,7 +243,7 @@ class TimestepSampler:
 
     def _open_record(self, stage: int, step: int) -> None:
         self.records.append(StageRecord(stage, list(self.stage_tasks[stage]), step))
-        self.counts = torch.zeros(self.T + 1, dtype=torch.int64)
+        self.counts = np.zeros(self.T + 1, dtype=np.int64)
         self._set_density()
 
     def _leave(self, step: int, reason: str) -> None:

@@ -25,7 +25,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
 from difficulty.networks import NETWORKS, build_network
 from difficulty.process import Array, Process
-from difficulty.randomness import normal, seeded_torch, stream, uniform
+from difficulty.randomness import integers, normal, seeded_torch, uniform
 from training.conditional import CONDITIONS, Condition, conditioning, given
 from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
@@ -199,7 +199,7 @@ class Trainer:
         share = plan.batch // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
         # Every process draws the whole batch and takes its part, so that any number of them trains as one would.
-        rows = torch.from_numpy(stream(plan.seed, BATCH, step, 0).integers(0, len(self.samples), plan.batch))[mine]
+        rows = integers(len(self.samples), plan.batch, plan.seed, BATCH, step, 0)[mine]
         x0 = self.samples[rows.to(self.device)]
         eps = normal((plan.batch, *x0.shape[1:]), plan.seed, NOISE, step, 0)[mine].to(self.device)
         t, weight = self.sampler.sample(share, step=step, rank=self.rank, world=self.world, device=self.device)
