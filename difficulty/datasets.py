@@ -46,7 +46,8 @@ class Dataset:
         heldout_captions: caption of each held-out sample, if known.
         unseen_captions: captions that no sample has, each with the class that it names, to ask a model for.
         law: the exact law that the samples were drawn from, if known; its points are the flattened samples.
-        value_range: (low, high) of image values, None for vectors.
+        value_range: (low, high) of image values, None for vectors; for latents that of the images they stand for.
+        latents: how the samples were made of images, if they are latents of an autoencoder.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dataset:
     unseen_captions: tuple[tuple[str, int], ...] = ()
     law: Law | None = None
     value_range: tuple[float, float] | None = None
+    latents: Mapping[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -201,6 +201,7 @@ def _open(
         "shape": list(trainer.data.shape),
         "data_std": trainer.denoiser.data_std,
         "value_range": trainer.data.value_range,
+        "latents": dict(trainer.data.latents) if trainer.data.latents else None,
         "condition": trainer.conditioning.facts if trainer.conditioning else None,
     }
     if not (out / "run.json").exists():

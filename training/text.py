@@ -34,11 +34,11 @@ from difficulty.datasets import Dataset
 from difficulty.errors import InputError
 from difficulty.randomness import stream, torch_generator
 from training.cache import cache_folder, cached_tensors, digest
+from training.pretrained import find_part, fingerprint_folders, first_line, model_files, root_folder
 from training.streams import BATCH
 
 MOST_TOKENS = 256
 CHUNK = 64  # captions per forward pass
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 PIPELINE_PARTS = ("text_encoder", "tokenizer")
 # The small CLIP: enough for captions of a few words about small images, and seconds on one core.
 TINY = {"width": 64, "layers": 2, "heads": 4, "projection": 32, "tokens": 32, "steps": 300, "batch": 128, "lr": 1e-3}
@@ -109,8 +109,11 @@ class TextEncoder:
 
     def __init__(self, spec: str | Path, *, trained: bool = False) -> None:
         self.spec, self.trained = str(spec), trained
-        self.folder, self.tokenizer_folder = _folders(self.spec)
-        self.fingerprint = _fingerprint({self.folder, self.tokenizer_folder})
+        _transformers()
+        root = root_folder(self.spec, PIPELINE_PARTS)
+        self.folder = find_part(root, "text_encoder", "config.json")
+        self.tokenizer_folder = find_part(root, "tokenizer", "tokenizer_config.json", weights=False)
+        self.fingerprint = fingerprint_folders(self.folder, self.tokenizer_folder)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -125,7 +128,7 @@ class TextEncoder:
                 loader = transformers.CLIPTextModel
             found, report = loader.from_pretrained(self.folder, output_loading_info=True, **options)
         except Exception as error:  # transformers raises many kinds for foreign, missing or truncated files
-            raise InputError(f"{self.spec} holds no text encoder that can be used ({_first_line(error)})") from None
+            raise InputError(f"{self.spec} holds no text encoder that can be used ({first_line(error)})") from None
         if report["missing_keys"]:
             raise InputError(f"{self.spec} lacks weights of its text encoder, such as {min(report['missing_keys'])}")
         return found.eval().requires_grad_(False)
@@ -136,7 +139,7 @@ class TextEncoder:
         try:
             found = _transformers().AutoTokenizer.from_pretrained(self.tokenizer_folder, trust_remote_code=False)
         except Exception as error:  # as above
-            raise InputError(f"{self.spec} holds no tokenizer that can be used ({_first_line(error)})") from None
+            raise InputError(f"{self.spec} holds no tokenizer that can be used ({first_line(error)})") from None
         if found.pad_token is None:
             found.pad_token = found.eos_token
         return found
@@ -186,7 +189,7 @@ class TextEncoder:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         for source in {self.folder, self.tokenizer_folder}:
-            for file in _files(source):
+            for file in model_files(source):
                 shutil.copyfile(file, temporary / file.name)
         _publish(temporary, folder)
 
@@ -303,51 +306,6 @@ def _transformers() -> Any:
         raise InputError("captions need transformers; install denoising-difficulty[text]") from None
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def _folders(spec: str) -> tuple[Path, Path]:
-    """Folders of the model and of the tokenizer."""
-    path = Path(spec).expanduser()
-    if not path.is_dir():
-        path = _from_hub(spec)
-    parts = [path / part if (path / part).is_dir() else path for part in PIPELINE_PARTS]
-    for part, what in zip(parts, ("config.json", "tokenizer_config.json"), strict=True):
-        if not (part / what).exists():
-            raise InputError(f"{part} holds no {what}; give a folder of a text encoder with its tokenizer")
-    if not list(parts[0].glob("*.safetensors")):
-        raise InputError(f"{parts[0]} holds no weights as .safetensors; other formats are not read")
-    return parts[0], parts[1]
-
-
-def _from_hub(name: str) -> Path:
-    """Folder of the hub's copy of a model, downloaded if it is not in the hub's cache."""
-    _transformers()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *(f"{p}/*" for p in PIPELINE_PARTS)]))
-    except Exception as error:  # no such folder, no such name, no connection
-        raise InputError(
-            f"{name} is no folder, and not found on the hub either ({_first_line(error)}); name a text encoder's folder"
-        ) from None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file())
-
-
-def _fingerprint(folders: set[Path]) -> str:
-    """SHA-256 of the content of the files of model and tokenizer, whatever folder they are in."""
-    contents = set()
-    for folder in folders:
-        for file in _files(folder):
-            with file.open("rb") as handle:
-                contents.add((file.name, hashlib.file_digest(handle, "sha256").hexdigest()))
-    return digest({"files": sorted(contents)})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _publish(temporary: Path, folder: Path) -> None:

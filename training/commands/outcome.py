@@ -4,10 +4,10 @@ __all__ = ["evaluate", "plot", "sample"]
 
 import json as jsonlib
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from difficulty.datasets import load_dataset
@@ -18,6 +18,7 @@ from training.commands.condition import asked_for, obedience, sentences, summary
 from training.curriculum import Curriculum
 from training.effects import LEVEL
 from training.heldout import HeldOut
+from training.latents import autoencoder_of, latent_dataset
 from training.metrics import SampleJudge
 from training.plots import draw_folder, save_grid
 from training.run import restore
@@ -34,6 +35,7 @@ def sample(
     prompt: tuple[str, ...] = (),
     guidance: float = 1.0,
     text_encoder: str | None = None,
+    vae: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -52,6 +54,7 @@ def sample(
         prompt: Wanted captions of a run with a text encoder, repeated in turn.
         guidance: Classifier-free guidance; 1 is the conditional model itself.
         text_encoder: Where the run's text encoder is now, if it was moved.
+        vae: Where the run's autoencoder is now, if it was moved.
         seed: Of the noise.
         device: cpu, cuda, or auto.
     """
@@ -74,6 +77,8 @@ def sample(
         guidance=guidance,
         device=where,
     )
+    if config["latents"]:
+        drawn = autoencoder_of(config["latents"], vae, where).decode(drawn)
     target = output or folder / "samples.npz"
     if target.suffix != ".npz":
         raise InputError(f"{target} should end in .npz")
@@ -94,6 +99,7 @@ def evaluate(
     steps: int = 50,
     guidance: float = 1.0,
     text_encoder: str | None = None,
+    vae: str | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> None:
@@ -112,11 +118,15 @@ def evaluate(
         guidance: Of a conditional run, whose samples are also judged by a separate classifier, per class and per
             caption; captions that no training sample had are asked for as well, with as many samples.
         text_encoder: Where the run's text encoder is now, if it was moved.
+        vae: Where the run's autoencoder is now, if it was moved.
         seed: Of the noise.
         json: Print everything as JSON, and write evaluation.json.
     """
     denoiser, config = restore(folder)
-    dataset = load_dataset(data)
+    pictures = dataset = load_dataset(data)
+    autoencoder = autoencoder_of(config["latents"], vae) if config["latents"] else None
+    if autoencoder:
+        dataset = latent_dataset(pictures, autoencoder, config["latents"]["posterior"])
     if list(dataset.shape) != config["shape"]:
         raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
     chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
@@ -124,11 +134,15 @@ def evaluate(
     told = told_of(folder, config, dataset, text_encoder)
     heldout = HeldOut(dataset, denoiser.process, tasks, conditioning=told)
     measured = heldout.evaluate(denoiser)
-    judge = SampleJudge(dataset.train, metrics, dataset.value_range)
-    draw = partial(
-        draw_samples, denoiser, shape=dataset.shape, seed=seed, method=method, steps=steps, guidance=guidance
-    )
-    drawn, obeyed = obedience(told, dataset, samples, draw)
+    judge = SampleJudge(pictures.train, metrics, pictures.value_range)
+
+    def draw(**asked: Any) -> torch.Tensor:
+        drawn = draw_samples(
+            denoiser, shape=dataset.shape, seed=seed, method=method, steps=steps, guidance=guidance, **asked
+        )
+        return autoencoder.decode(drawn) if autoencoder else drawn
+
+    drawn, obeyed = obedience(told, pictures, samples, draw)
     found = judge.evaluate(drawn)
     report: dict[str, Any] = {
         "nats": measured.nats,

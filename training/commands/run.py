@@ -21,6 +21,7 @@ from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum
 from training.events import EventLog
 from training.heldout import HeldOut
+from training.latents import Autoencoder, latent_dataset
 from training.plots import draw_folder, save_grid
 from training.run import Cadence, train
 from training.trainer import Trainer, TrainPlan
@@ -48,6 +49,8 @@ def run(
     ema_decay: float = 0.9999,
     conditional: bool = False,
     text_encoder: str | None = None,
+    vae: str | None = None,
+    posterior: str = "mean",
     condition_dropout: float = 0.1,
     seed: int = 0,
     evaluate_every: int = 100,
@@ -88,6 +91,8 @@ def run(
         conditional: Tell the network the class of each sample.
         text_encoder: Tell it the caption, embedded by this: a folder or hub name of a text encoder of transformers, or
             tiny, a small one trained on the data's own captions.
+        vae: Train on latents of an autoencoder of diffusers: its folder, a pipeline's folder, or a hub name.
+        posterior: Which latent of an image: the mean of the autoencoder's posterior, or one sample of it.
         condition_dropout: How often it is told neither, which makes guidance possible.
         seed: Of weights, batches, noise and timesteps.
         evaluate_every: Iterations between held-out losses, 0 for the end only.
@@ -103,6 +108,9 @@ def run(
     tell = functools.partial(tqdm.write, file=sys.stderr)
     dataset = load_dataset(data)
     text = chosen_text(text_encoder, dataset, tell) if text_encoder else None
+    autoencoder = Autoencoder(vae, where) if vae else None
+    if autoencoder:
+        dataset = latent_dataset(dataset, autoencoder, posterior, tell)
     chosen = None if curriculum == "none" else Curriculum.load(curriculum)
     forward = chosen_process(process, chosen, curriculum)
     plan = TrainPlan(
@@ -139,7 +147,7 @@ def run(
             )
 
     def show(samples: torch.Tensor, path: Path) -> None:
-        save_grid(samples, path, dataset.value_range)
+        save_grid(autoencoder.decode(samples) if autoencoder else samples, path, dataset.value_range)
         if events:
             events.picture(path)
 

@@ -1,0 +1,172 @@
+"""Latent space: images encoded once by an autoencoder of diffusers, samples decoded by it.
+
+    z = (latent - shift) scaling,      latent = mean or a draw of the encoder's posterior
+
+with the ``scaling_factor`` and the ``shift_factor`` of the autoencoder's own configuration, as in Rombach et al. 2022
+(arXiv 2112.10752, section G); decoding inverts it. An autoencoder is an AutoencoderKL by folder, a diffusers pipeline
+with a folder vae, or a name on the hub. Its weights stay as they are, and it reads images in [-1, 1].
+
+Latents are cached with the fingerprints of autoencoder and images. A latent data set is a data set like any other: its
+samples have the shape of a latent, and ``Dataset.latents`` says how they were made.
+"""
+
+__all__ = ["POSTERIORS", "Autoencoder", "autoencoder_of", "latent_dataset"]
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difficulty.datasets import Dataset
+from difficulty.errors import InputError, choose
+from difficulty.randomness import normal
+from training.cache import cached_tensors
+from training.pretrained import find_part, fingerprint_folders, first_line, root_folder
+from training.streams import LATENTS
+
+CHUNK = 32  # images per forward pass
+PART = "vae"
+MOST = 1.01  # images in [-1, 1], with room for rounding
+POSTERIORS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of mean, deviation and standard normal noise
+    "mean": lambda mean, std, noise: mean,
+    "sample": lambda mean, std, noise: mean + std * noise,
+}
+
+
+class Autoencoder:
+    """An AutoencoderKL; the model is loaded when something must be encoded or decoded.
+
+    Args:
+        spec: see the head of the module.
+        device: where it computes.
+
+    Raises:
+        InputError: if there is none.
+    """
+
+    def __init__(self, spec: str | Path, device: str = "cpu") -> None:
+        self.spec, self.device = str(spec), device
+        self.folder = find_part(root_folder(self.spec, [PART]), PART, "config.json")
+        self.fingerprint = fingerprint_folders(self.folder)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The autoencoder itself, in evaluation mode."""
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise InputError(f"{self.spec} needs diffusers; install denoising-difficulty[diffusers]") from None
+        try:
+            found, report = AutoencoderKL.from_pretrained(
+                self.folder, use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # diffusers raises many kinds for foreign, missing or truncated files
+            raise InputError(f"{self.spec} holds no AutoencoderKL that can be used ({first_line(error)})") from None
+        if report["missing_keys"]:
+            raise InputError(f"{self.spec} lacks weights of its autoencoder, such as {min(report['missing_keys'])}")
+        return found.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on latents, so that they have about unit variance."""
+        return float(self.model.config.scaling_factor or 1.0)
+
+    @property
+    def shift(self) -> float:
+        """What is taken off latents before they are scaled."""
+        return float(self.model.config.shift_factor or 0.0)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, posterior: str, part: int = 0) -> Tensor:
+        """Scaled latents (n, c, h, w) of images (n, C, H, W) in [-1, 1].
+
+        Args:
+            images: float32.
+            posterior: a name in ``POSTERIORS``.
+            part: tells the noise of train and held-out images apart.
+
+        Raises:
+            InputError: if the autoencoder cannot take images of this shape.
+        """
+        pick = choose("posterior", posterior, POSTERIORS)
+        latents = []
+        for number, chunk in enumerate(images.split(CHUNK)):
+            try:
+                found = self.model.encode(chunk.to(self.device)).latent_dist
+            except RuntimeError as error:
+                shape = tuple(images.shape[1:])
+                raise InputError(f"{self.spec} cannot encode images of shape {shape} ({first_line(error)})") from None
+            noise = normal(tuple(found.mean.shape), 0, LATENTS, part, number).to(self.device)
+            latents.append(((pick(found.mean, found.std, noise) - self.shift) * self.scaling).cpu())
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, C, H, W) of scaled latents (n, c, h, w), on the CPU; values may leave [-1, 1] a little."""
+        unscaled = (latents / self.scaling + self.shift).split(CHUNK)
+        return torch.cat([self.model.decode(chunk.to(self.device)).sample.cpu() for chunk in unscaled])
+
+
+def latent_dataset(
+    data: Dataset, autoencoder: Autoencoder, posterior: str, tell: Callable[[str], None] = lambda message: None
+) -> Dataset:
+    """A data set of images as scaled latents, from the cache or encoded and cached.
+
+    Args:
+        data: images in [-1, 1].
+        autoencoder: encodes them.
+        posterior: a name in ``POSTERIORS``; a draw is drawn once and kept.
+        tell: called with sentences for the user.
+
+    Raises:
+        InputError: if the data are no images in [-1, 1], the autoencoder cannot take them or return them, or the
+            latents are not finite.
+    """
+    choose("posterior", posterior, POSTERIORS)
+    if len(data.shape) != 3:
+        raise InputError(f"an autoencoder takes images, {data.name!r} has samples of shape {data.shape}")
+    extreme = float(torch.stack([part.abs().max() for part in (data.train, data.heldout)]).max())
+    if extreme > MOST:
+        raise InputError(f"an autoencoder takes images in [-1, 1], {data.name!r} has values up to {extreme:g} in size")
+
+    def compute() -> dict[str, Tensor]:
+        found = {"train": autoencoder.encode(data.train, posterior, 0)}
+        found["heldout"] = autoencoder.encode(data.heldout, posterior, 1)
+        if not all(torch.isfinite(latents).all() for latents in found.values()):
+            raise InputError(f"latents of {autoencoder.spec} are not finite; it may need another precision")
+        some, again = data.heldout[:CHUNK], autoencoder.decode(found["heldout"][:CHUNK])
+        if some.shape != again.shape:
+            raise InputError(
+                f"{autoencoder.spec} returns images of shape {tuple(again.shape[1:])} for {tuple(some.shape[1:])}; "
+                "give images whose sides it can halve as often as it does"
+            )
+        error = float((some - again).square().mean().sqrt())
+        tell(f"encoded {data.name}: decoding {len(some)} held-out latents misses the images by {error:.3f} (rms)")
+        return found
+
+    made = {"autoencoder": autoencoder.fingerprint, "posterior": posterior}
+    facts = made | {"data": data.fingerprint}
+    found = cached_tensors("latents", facts, compute, tell)
+    latents = made | {"spec": autoencoder.spec}
+    return replace(data, train=found["train"], heldout=found["heldout"], law=None, latents=latents)
+
+
+def autoencoder_of(latents: Mapping[str, Any], moved: str | None = None, device: str = "cpu") -> Autoencoder:
+    """The autoencoder that a run's latents were made by; see ``Dataset.latents``.
+
+    Args:
+        latents: how they were made.
+        moved: where the autoencoder is now, if not where it was.
+        device: where it computes.
+
+    Raises:
+        InputError: if another one is there.
+    """
+    found = Autoencoder(moved or latents["spec"], device)
+    if found.fingerprint != latents["autoencoder"]:
+        raise InputError(f"{found.spec} is not the autoencoder that the run's latents were made by; name it by --vae")
+    return found
