@@ -1,90 +1,272 @@
 """Engines: how many denoisers of one architecture are trained side by side.
 
-Two siblings give the same numbers to float tolerance. ``vmap`` stacks the parameters of all experts along a leading
-axis and runs them as one batched program; ``loop`` runs one after the other, which is faster for convolutions and
-attention on a CPU, where vmap falls back to slow kernels. One fused AdamW serves all experts in both.
+Parameters of E experts are kept stacked, (E, ...), and one fused AdamW serves all of them. Siblings differ in the
+program that runs a block of experts; they give the same numbers to float tolerance:
+
+    batched    one network with layers of E weights each (`folding.py`); for networks made of known layers
+    vmap       torch.func.vmap over one network; for any network, on a GPU, where its kernels are good
+    loop       blocks of one expert, one after the other; for any network
+
+What is fast was measured (`benchmarks/experts.py`). Small linear layers gain from being batched as long as a layer's
+output stays in the cache; convolutions on a CPU gain from nothing but more processes with one thread each, and lose a
+third of their speed under vmap. ``choose_engine`` follows this, within the memory that there is.
 """
 
-__all__ = ["ENGINES", "Bank", "choose_engine"]
+__all__ = ["ENGINES", "Bank", "Block", "EngineChoice", "choose_engine"]
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.denoiser import Denoiser
+from difficulty.errors import InputError, choose
+from difficulty.folding import fold, unfoldable
+
+# (parameters (E, ...) by name, x_t (E, B, *), t (E, B)) -> predictions (E, B, *)
+Program = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
+
+# A block is as large as keeps the largest tensor of its forward pass under this on a CPU.
+CACHE_BYTES = 4 * 2**20
+# Share of the free memory that parameters, moments and one block's forward pass may take.
+MEMORY_SHARE = 0.6
+# Per core, with small matrices, forward and backward; and what starting a process costs.
+FLOPS_PER_SECOND = 4e10
+WORTH_A_PROCESS_SECONDS = 30.0
 
 
-class Bank(ABC):
-    """E denoisers of one architecture with parameters of their own, trained by one optimizer."""
+def batched(template: Denoiser, experts: int) -> Program:
+    """One network with layers of E weights each."""
+    folded = fold(template, experts)
 
-    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
+    def program(parameters: Mapping[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        output = functional_call(folded, dict(parameters), (x_t.flatten(0, 1), t.flatten()))
+        return output.reshape(x_t.shape)
+
+    return program
+
+
+def vmapped(template: Denoiser, experts: int) -> Program:
+    """One network, vectorised by torch.func."""
+
+    def one(parameters: dict[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        return functional_call(template, parameters, (x_t, t))
+
+    return lambda parameters, x_t, t: vmap(one)(dict(parameters), x_t, t)
+
+
+def alone(template: Denoiser, experts: int) -> Program:
+    """One network as it is; E is 1."""
+
+    def program(parameters: Mapping[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        own = {name: value.squeeze(0) for name, value in parameters.items()}
+        return functional_call(template, own, (x_t.squeeze(0), t.squeeze(0)))[None]
+
+    return program
+
+
+ENGINES: Mapping[str, Callable[[Denoiser, int], Program]] = {"batched": batched, "vmap": vmapped, "loop": alone}
+
+
+class Block:
+    """E denoisers of one architecture with parameters of their own, run as one program.
+
+    Args:
+        denoisers: of one architecture, on one device; their values are copied.
+        engine: a name in ``ENGINES``; ``loop`` takes one denoiser.
+        program: of that engine for as many denoisers of the same architecture; made if not given.
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], engine: str, program: Program | None = None) -> None:
         self.template = denoisers[0]
-        self.parameters = self._own(denoisers)
+        self.program = program or ENGINES[engine](self.template, len(denoisers))
+        stacked, _ = stack_module_state(list(denoisers))
+        self.parameters = {name: value.detach().requires_grad_() for name, value in stacked.items()}
+        self.count = len(denoisers)
 
-    @abstractmethod
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        """The leaf tensors to optimise, by name."""
-
-    @abstractmethod
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """A copy of the parameters of one denoiser, by their names in it."""
-
-    @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Outputs (E, B, *) at x_t (E, B, *) and integer t (E, B)."""
+        return self.program(self.parameters, x_t, t)
 
-    @abstractmethod
     def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
         """Add the gradient of every expert's mean squared error to its parameters."""
-
-
-class StackedBank(Bank):
-    """Parameters stacked along a leading expert axis; one vectorised program runs all experts."""
-
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        stacked, _ = stack_module_state(list(denoisers))
-        return {name: value.detach().requires_grad_() for name, value in stacked.items()}
-
-    def weights(self, index: int) -> dict[str, Tensor]:
-        return {name: value[index].detach().clone() for name, value in self.parameters.items()}
-
-    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        def one(parameters: dict[str, Tensor], x: Tensor, when: Tensor) -> Tensor:
-            return functional_call(self.template, parameters, (x, when))
-
-        return vmap(one)(self.parameters, x_t, t)
-
-    def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
         # Mean within an expert, sum over experts: each expert's gradient is that of training it alone.
         (self.predict(x_t, t) - target).square().flatten(1).mean(1).sum().backward()
 
 
-class LoopBank(Bank):
-    """One module per expert, run one after the other."""
+@dataclass(frozen=True)
+class EngineChoice:
+    """How experts are trained, as said in run.json.
 
-    def _own(self, denoisers: Sequence[Denoiser]) -> dict[str, Tensor]:
-        self.denoisers = nn.ModuleList(denoisers)
-        return dict(self.denoisers.named_parameters())
+    Args:
+        engine: a name in ``ENGINES``.
+        block: experts in one program.
+        at_once: experts that one process holds in memory; the rest wait for their turn.
+        processes: that share the experts.
+        compiled: whether the program goes through torch.compile.
+        reason: why.
+    """
+
+    engine: str
+    block: int
+    at_once: int
+    processes: int
+    compiled: bool
+    reason: str
+
+
+class Bank:
+    """Any number of denoisers of one architecture, in blocks of the chosen size and engine; at least one."""
+
+    def __init__(self, denoisers: Sequence[Denoiser], choice: EngineChoice) -> None:
+        self.template = denoisers[0]
+        programs: dict[int, Program] = {}
+        self.blocks: list[Block] = []
+        for first in range(0, len(denoisers), choice.block):
+            part = denoisers[first : first + choice.block]
+            if len(part) not in programs:
+                program = ENGINES[choice.engine](part[0], len(part))
+                programs[len(part)] = torch.compile(program, dynamic=False) if choice.compiled else program
+            self.blocks.append(Block(part, choice.engine, programs[len(part)]))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All parameters, to be optimised."""
+        return [value for block in self.blocks for value in block.parameters.values()]
+
+    def slices(self) -> list[tuple[Block, slice]]:
+        """Every block with the places of its denoisers."""
+        found, first = [], 0
+        for block in self.blocks:
+            found.append((block, slice(first, first + block.count)))
+            first += block.count
+        return found
 
     def weights(self, index: int) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.denoisers[index].named_parameters()}
+        """A copy of the parameters of one denoiser, by their names in it."""
+        for block, places in self.slices():
+            if index < places.stop:
+                return {name: value[index - places.start].detach().clone() for name, value in block.parameters.items()}
+        raise IndexError(f"there is no denoiser {index}")
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return torch.stack([one(x, when) for one, x, when in zip(self.denoisers, x_t, t, strict=True)])
-
-    def backward(self, x_t: Tensor, t: Tensor, target: Tensor) -> None:
-        for one, x, when, goal in zip(self.denoisers, x_t, t, target, strict=True):
-            (one(x, when) - goal).square().mean().backward()
+        """Outputs (E, B, *) at x_t (E, B, *) and integer t (E, B)."""
+        return torch.cat([block.predict(x_t[places], t[places]) for block, places in self.slices()])
 
 
-ENGINES: Mapping[str, type[Bank]] = {"vmap": StackedBank, "loop": LoopBank}
+def choose_engine(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    *,
+    batch: int,
+    experts: int,
+    iterations: int,
+    engine: str = "auto",
+    compiled: bool = False,
+    processes: int | None = None,
+) -> EngineChoice:
+    """The engine, the size of its blocks and the number of processes, by network, memory and amount of work.
+
+    Args:
+        denoiser: one of the experts, on the device of the training.
+        shape: of one sample.
+        batch: samples per expert and iteration.
+        experts: how many there are.
+        iterations: of each.
+        engine: a name in ``ENGINES``, or auto.
+        compiled: whether to compile.
+        processes: how many share the experts; None for the choice: one per thread that torch may use if the work is
+            worth starting them, which a GPU's never is.
+
+    Raises:
+        InputError: if the engine does not fit the network, there is no compiler, or not even one expert fits in memory.
+    """
+    device = denoiser.alpha.device
+    on_cpu = device.type == "cpu"
+    if compiled:
+        _check_compiler(on_cpu)
+    x, t = torch.zeros(4, *shape, device=device), torch.ones(4, dtype=torch.long, device=device)
+    obstacle = unfoldable(denoiser, torch.linspace(-1, 1, x.numel(), device=device).reshape(x.shape), t)
+    if engine == "auto":
+        engine = "batched" if obstacle is None else "loop" if on_cpu else "vmap"
+        reason = "layers known to be fast together" if obstacle is None else f"not batched, since {obstacle}"
+    else:
+        choose("engine", engine, ENGINES)
+        reason = "asked for"
+    if engine == "batched" and obstacle is not None:
+        raise InputError(f"engine 'batched' does not fit this network: {obstacle}; use vmap, loop or auto")
+
+    if processes is None:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            denoiser(x, t)
+        seconds = 3 * counter.get_total_flops() / len(x) * batch * experts * iterations / FLOPS_PER_SECOND
+        worthwhile = on_cpu and seconds > WORTH_A_PROCESS_SECONDS
+        processes = min(torch.get_num_threads(), experts) if worthwhile else 1
+    if processes < 1:
+        raise InputError(f"the number of processes must be at least 1, got {processes}")
+
+    own = math.ceil(experts / processes)
+    free = int(MEMORY_SHARE * free_bytes(device) / (processes if on_cpu else 1))
+    forward, largest = (batch * value // len(x) for value in _forward_bytes(denoiser, x, t))
+    # A parameter, its gradient and two moments.
+    state = 4 * sum(value.numel() * value.element_size() for value in denoiser.parameters())
+    at_once = min(own, (free - forward) // max(state, 1))
+    if at_once < 1:
+        raise InputError(
+            f"one expert needs about {_gib(state + forward)} with a batch of {batch}, and {_gib(free)} are to be had "
+            f"per process; use a smaller batch or network, or fewer processes"
+        )
+    block = 1
+    if engine != "loop":
+        block = min(at_once, max(1, (free - at_once * state) // max(forward, 1)))
+        if on_cpu:
+            block = min(block, max(1, CACHE_BYTES // max(largest, 1)))
+        block = math.ceil(at_once / math.ceil(at_once / block))  # of about equal size
+    reason += f"; {_gib(state)} of weights and moments and {_gib(forward)} of activations per expert, {_gib(free)} free"
+    return EngineChoice(engine, block, at_once, processes, compiled, reason)
 
 
-def choose_engine(engine: str, network: str) -> str:
-    """The engine asked for; for auto the faster one: vmap for the MLP and on a GPU, loop for others on a CPU."""
-    if engine != "auto":
-        return engine
-    return "vmap" if network.partition(":")[0] == "mlp" or torch.cuda.is_available() else "loop"
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _forward_bytes(denoiser: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
+    """Bytes that one forward pass keeps for the backward pass: in all, and in the largest tensor."""
+    weights = {value.untyped_storage().data_ptr() for value in (*denoiser.parameters(), *denoiser.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        output = denoiser(x, t).square().mean()
+    del output
+    return sum(found.values()), max(found.values(), default=0)
+
+
+def _check_compiler(on_cpu: bool) -> None:
+    if on_cpu:
+        names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+        if not any(shutil.which(name) for name in names):
+            raise InputError(f"compiling needs a C++ compiler, and {' or '.join(names)} is not to be found")
+    elif importlib.util.find_spec("triton") is None:
+        raise InputError("compiling for a GPU needs the package triton, which is not installed")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2g} GiB"

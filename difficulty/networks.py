@@ -179,6 +179,17 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(h)))
 
 
+class LearnedPositions(nn.Module):
+    """Adds a learned vector to every token: (B, tokens, width) -> the same shape."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(tokens, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table
+
+
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero modulation (arXiv 2212.09748, figure 3)."""
 
@@ -256,7 +267,7 @@ class DiT(nn.Module):
         self.patch = patch
         self.embedding = NoiseEmbedding(width)
         tokens = (height // patch) * (image_width // patch)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.position = LearnedPositions(tokens, width)
         self.first = nn.Linear(channels * patch**2, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -275,7 +286,7 @@ class DiT(nn.Module):
         _, _, height, width = x.shape
         embedding = self.embedding(log_snr)
         tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
-        h = self.first(tokens) + self.position
+        h = self.position(self.first(tokens))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, embedding, context, use_reentrant=False, preserve_rng_state=False)

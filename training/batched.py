@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from difficulty.engines import StackedBank, choose_engine
+from difficulty.engines import Block
 from difficulty.prediction import from_x0_eps
 from difficulty.randomness import integers, normal
 from training.streams import BATCH, NOISE
@@ -54,7 +54,7 @@ class RunsTogether(Protocol):
 def can_be_stacked(plan: TrainPlan) -> bool:
     """Whether runs of this plan train faster as one program, and nothing they need is missing there."""
     plain = plan.precision == "fp32" and plan.micro_batches == 1 and plan.condition == "none"
-    return plain and choose_engine("auto", plan.network) == "vmap"
+    return plain and (plan.network.partition(":")[0] == "mlp" or torch.cuda.is_available())
 
 
 def train_together(trainers: Sequence[Trainer]) -> RunsTogether:
@@ -103,7 +103,7 @@ class Stacked:
         alike = {replace(trainer.plan, seed=0, density=None, weight="constant") for trainer in trainers}
         if len(alike) > 1:
             raise ValueError("stacked runs may differ in seed, density and weight only")
-        self.bank = StackedBank([trainer.denoiser for trainer in trainers])
+        self.bank = Block([trainer.denoiser for trainer in trainers], "vmap")
         self.current = list(self.bank.parameters.values())
         self.averaged = [value.detach().clone() for value in self.current]
         for index, trainer in enumerate(trainers):

@@ -127,7 +127,7 @@ def test_checkpoints_are_log_spaced_up_to_the_budget():
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "different"),
         ({"batch": 0}, "batch must be positive"),
-        ({"engine": "magic"}, "known are vmap, loop"),
+        ({"engine": "magic"}, "known are batched, vmap, loop"),
     ],
 )
 def test_plans_that_cannot_be_carried_out_are_refused(change, message):
