@@ -55,6 +55,8 @@ def measure(
     batch: int = 128,
     learning_rate: float = 1e-3,
     engine: str = "auto",
+    compile: bool = False,
+    workers: int | None = None,
     start: Literal["cold", "shared", "neighbour"] = "cold",
     estimator: str = "auto",
     json: bool = False,
@@ -79,7 +81,11 @@ def measure(
         budget: iterations at which difficulty is read off; training goes on to twice that for the floor.
         batch: samples per iteration and expert.
         learning_rate: of AdamW.
-        engine: how experts are trained together: auto, vmap or loop.
+        engine: how experts are trained together: auto, batched, vmap or loop.
+        compile: compile the experts' program; takes up to a minute, and a C++ compiler (on a GPU, triton).
+        workers: processes that share the experts on this machine, one thread each; by default as many as torch has
+            threads if the work is worth it. On several GPUs or machines, torchrun --nproc-per-node 4 -m -- difficulty
+            measure ... does the same.
         start: experts start cold, or warm from a network trained on all t, or from their noisier neighbour.
         estimator: of the relative entropy (see `difficulty kl --help`).
         json: print ranking.json on standard output.
@@ -87,6 +93,7 @@ def measure(
     from difficulty.experts import ExpertPlan
     from difficulty.measurement import measure as run
     from difficulty.plots import plot_folder
+    from difficulty.ranks import launched_ranks
 
     plan = ExpertPlan(
         network=network,
@@ -96,16 +103,20 @@ def measure(
         batch=batch,
         learning_rate=learning_rate,
         engine=engine,
+        compile=compile,
         start=start,
     )
+    first = launched_ranks().first
     bars = StageBars()
     try:
         found = run(
             data, process, out=out, tasks=tasks, grid=grid, measures=measures, plan=plan, estimator=estimator,
-            progress=bars,
+            processes=workers, progress=bars if first else None,
         )  # fmt: skip
     finally:
         bars.close()
+    if not first:
+        return
     plot_folder(out)
     _print_ranking(found.ranking.model_dump(), json)
     print(f"Results and figures: {out}", file=sys.stderr)

@@ -7,6 +7,7 @@ exception is a defect of ours and keeps its traceback.
 
 __all__ = ["run_cli"]
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ def run_cli(
     try:
         result = tyro.extras.subcommand_cli_from_dict(subcommands, prog=prog, description=description, args=args)
     except InputError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one is enough to say it
+            print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; what was finished is on disk, the same command continues or repeats it",

@@ -123,18 +123,25 @@ class EngineChoice:
 
 
 class Bank:
-    """Any number of denoisers of one architecture, in blocks of the chosen size and engine; at least one."""
+    """Any number of denoisers of one architecture, in blocks.
 
-    def __init__(self, denoisers: Sequence[Denoiser], choice: EngineChoice) -> None:
+    Args:
+        denoisers: at least one.
+        engine: a name in ``ENGINES``.
+        block: denoisers in one program; 1 for the engine ``loop``.
+        compiled: whether programs go through torch.compile.
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], engine: str, block: int = 1, *, compiled: bool = False) -> None:
         self.template = denoisers[0]
         programs: dict[int, Program] = {}
         self.blocks: list[Block] = []
-        for first in range(0, len(denoisers), choice.block):
-            part = denoisers[first : first + choice.block]
+        for first in range(0, len(denoisers), block):
+            part = denoisers[first : first + block]
             if len(part) not in programs:
-                program = ENGINES[choice.engine](part[0], len(part))
-                programs[len(part)] = torch.compile(program, dynamic=False) if choice.compiled else program
-            self.blocks.append(Block(part, choice.engine, programs[len(part)]))
+                program = ENGINES[engine](part[0], len(part))
+                programs[len(part)] = torch.compile(program, dynamic=False) if compiled else program
+            self.blocks.append(Block(part, engine, programs[len(part)]))
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -193,15 +200,15 @@ def choose_engine(
     if compiled:
         _check_compiler(on_cpu)
     x, t = torch.zeros(4, *shape, device=device), torch.ones(4, dtype=torch.long, device=device)
-    obstacle = unfoldable(denoiser, torch.linspace(-1, 1, x.numel(), device=device).reshape(x.shape), t)
+    forward, largest = (batch * value // len(x) for value in _forward_bytes(denoiser, x, t))
+    widest = max(1, CACHE_BYTES // max(largest, 1)) if on_cpu else experts
     if engine == "auto":
-        engine = "batched" if obstacle is None else "loop" if on_cpu else "vmap"
-        reason = "layers known to be fast together" if obstacle is None else f"not batched, since {obstacle}"
+        engine, reason = _fitting(denoiser, x, t, widest, on_cpu)
     else:
         choose("engine", engine, ENGINES)
         reason = "asked for"
-    if engine == "batched" and obstacle is not None:
-        raise InputError(f"engine 'batched' does not fit this network: {obstacle}; use vmap, loop or auto")
+        if engine == "batched" and (obstacle := _obstacle(denoiser, x, t)) is not None:
+            raise InputError(f"engine 'batched' does not fit this network: {obstacle}; use vmap, loop or auto")
 
     if processes is None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -214,7 +221,6 @@ def choose_engine(
 
     own = math.ceil(experts / processes)
     free = int(MEMORY_SHARE * free_bytes(device) / (processes if on_cpu else 1))
-    forward, largest = (batch * value // len(x) for value in _forward_bytes(denoiser, x, t))
     # A parameter, its gradient and two moments.
     state = 4 * sum(value.numel() * value.element_size() for value in denoiser.parameters())
     at_once = min(own, (free - forward) // max(state, 1))
@@ -225,12 +231,23 @@ def choose_engine(
         )
     block = 1
     if engine != "loop":
-        block = min(at_once, max(1, (free - at_once * state) // max(forward, 1)))
-        if on_cpu:
-            block = min(block, max(1, CACHE_BYTES // max(largest, 1)))
+        block = min(at_once, widest, max(1, (free - at_once * state) // max(forward, 1)))
         block = math.ceil(at_once / math.ceil(at_once / block))  # of about equal size
     reason += f"; {_gib(state)} of weights and moments and {_gib(forward)} of activations per expert, {_gib(free)} free"
     return EngineChoice(engine, block, at_once, processes, compiled, reason)
+
+
+def _fitting(denoiser: Denoiser, x: Tensor, t: Tensor, widest: int, on_cpu: bool) -> tuple[str, str]:
+    """The fastest engine, and why it is."""
+    if widest == 1:
+        return "loop", "layers large enough to be fast alone"
+    if (obstacle := _obstacle(denoiser, x, t)) is None:
+        return "batched", "layers known to be faster together"
+    return ("loop" if on_cpu else "vmap"), f"not batched, since {obstacle}"
+
+
+def _obstacle(denoiser: Denoiser, x: Tensor, t: Tensor) -> str | None:
+    return unfoldable(denoiser, torch.linspace(-1, 1, x.numel(), device=x.device).reshape(x.shape), t)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -34,7 +34,7 @@ from difficulty.heldout import floor_losses, heldout_draws, zero_losses
 from difficulty.networks import build_network
 from difficulty.prediction import from_x0_eps, to_eps
 from difficulty.process import Process
-from difficulty.randomness import normal, stream, uniform
+from difficulty.randomness import integers, normal, uniform
 from difficulty.ranks import Ranks
 from difficulty.tasks import Task
 
@@ -90,7 +90,9 @@ class Crew:
             if s in weights:
                 denoiser.load_state_dict(weights[s], strict=False)  # buffers of the process are not weights
             denoisers.append(denoiser.to(device))
-        self.bank = Bank(denoisers, choice) if denoisers else None
+        self.bank = (
+            Bank(denoisers, choice.engine, choice.block, compiled=choice.compiled) if denoisers else None
+        )
         self.train_samples = dataset.train.to(device)
         self.seeds = sorted({s for s, _ in self.members})
         # Of every member: place of its seed, first timestep, number of timesteps.
@@ -226,7 +228,7 @@ def _training_draws(
     """Clean samples and noise (S, B, *), position within the task (S, B) of one iteration."""
     rows, noise, u = [], [], []
     for seed in seeds:
-        rows.append(torch.from_numpy(stream(counter, seed, step, 0).integers(len(train), size=batch)))
+        rows.append(integers(len(train), batch, counter, seed, step, 0))
         noise.append(normal((batch, *train.shape[1:]), counter, seed, step, 1))
         u.append(uniform((batch,), counter, seed, step, 2))
     x0 = train[torch.stack(rows).to(train.device)]

@@ -167,13 +167,10 @@ def train_experts(
         InputError: if the plan does not fit the data, or ``resume_from`` belongs to another run.
     """
     ranks = launched_ranks()
-    if watch is not None:
-        if ranks.world > 1 or processes not in (None, 1):
-            raise InputError("experts can be watched in one process only; leave out torchrun and ask for 1 process")
-        processes = 1
-    choice = ranks.on_first(lambda: choose_expert_engine(dataset, process, tasks, plan, processes))
-    if watch is not None and choice.at_once < len(plan.seeds):
-        raise InputError("experts of all seeds must fit in memory together to be watched; use fewer seeds")
+    watched = watch is not None
+    choice = ranks.on_first(
+        lambda: choose_expert_engine(dataset, process, tasks, plan, processes, watched=watched)
+    )
     training = _Training(dataset, process, tuple(tasks), plan, choice, resume_from)
     if ranks.world == 1 and choice.processes > 1:
         with helpers(choice.processes, training) as team:
@@ -185,9 +182,15 @@ def train_experts(
 
 
 def choose_expert_engine(
-    dataset: Dataset, process: Process, tasks: Sequence[Task], plan: ExpertPlan, processes: int | None = None
+    dataset: Dataset,
+    process: Process,
+    tasks: Sequence[Task],
+    plan: ExpertPlan,
+    processes: int | None = None,
+    *,
+    watched: bool = False,
 ) -> EngineChoice:
-    """How these experts would be trained here; see ``choose_engine``.
+    """How these experts would be trained here; see ``choose_engine`` and ``train_experts``.
 
     Raises:
         InputError: if a task is empty, or the plan does not fit the data or the machine.
@@ -204,7 +207,14 @@ def choose_expert_engine(
         raise InputError(f"torchrun started {world} processes, but {processes} were asked for; leave the number to it")
     if world > 1 or dist.is_initialized():
         processes = world  # the group of another program cannot be joined by helpers
-    return _choose(dataset, process, plan, len(tasks) * len(plan.seeds), processes)
+    if watched and processes not in (None, 1):
+        raise InputError(
+            "samples of experts are judged in one process, which must hold them; leave out torchrun and --workers"
+        )
+    choice = _choose(dataset, process, plan, len(tasks) * len(plan.seeds), 1 if watched else processes)
+    if watched and choice.at_once < len(plan.seeds):
+        raise InputError("experts of all seeds must fit in memory together to be judged by samples; use fewer seeds")
+    return choice
 
 
 def train_shared(dataset: Dataset, process: Process, plan: ExpertPlan, iterations: int) -> Bank:

@@ -21,15 +21,18 @@ from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.expert_samples import SampleQuality, quality_estimates
-from difficulty.experts import ExpertPlan, build_expert, train_experts
+from difficulty.experts import ExpertCurves, ExpertPlan, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
 from difficulty.process import Process, get_process
 from difficulty.process_file import read_process, write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.ranks import launched_ranks
 from difficulty.records import (
+    as_json,
     check_columns,
     fingerprint_array,
     finish_run,
+    read_json,
     read_run,
     read_table,
     start_run,
@@ -74,9 +77,13 @@ def measure(
     measures: Sequence[str] = ("convergence", "relative-entropy"),
     plan: ExpertPlan | None = None,
     estimator: str = "auto",
+    processes: int | None = None,
     progress: StageProgress | None = None,
 ) -> Measurement:
     """Measure the difficulty of every denoising task and write a measurement folder.
+
+    Under torchrun every rank must make the same call; the experts are shared among them, rank 0 writes the folder, and
+    all return the same.
 
     Args:
         data: see ``load_dataset``.
@@ -87,6 +94,7 @@ def measure(
         measures: names in ``MEASURES``; sample-quality brings convergence along, since both need the experts.
         plan: how experts are trained.
         estimator: of the relative entropy.
+        processes: that share the experts on this machine; None for the choice of ``choose_engine``.
         progress: called with (stage, done, in all).
 
     Raises:
@@ -99,8 +107,10 @@ def measure(
         raise InputError(f"no measure is asked for; known are {', '.join(MEASURES)}")
     dataset, process = load_dataset(data), get_process(process)
     cut = make_tasks(process, tasks, grid)
-    # Built once only to be refused here, before anything is written, if it does not fit.
-    build_expert(dataset, process, plan, plan.seeds[0])
+    ranks = launched_ranks()
+    # Chosen here only so that what does not fit is refused before anything is written.
+    watched = SAMPLE_QUALITY in measures
+    ranks.on_first(lambda: choose_expert_engine(dataset, process, cut, plan, processes, watched=watched))
     choose("estimator", estimator, ESTIMATORS)
     config = {
         "data": dataset.name,
@@ -114,16 +124,20 @@ def measure(
         "process_fingerprint": process.fingerprint,
     }
     began = time.monotonic()
-    run = start_run(out, "measure", config)
-    write_process(out, process)
-    request = _Request(dataset, process, cut, measures, plan, estimator, out, progress)
+    run = ranks.on_first(lambda: _open_folder(out, config, process))
+    request = _Request(dataset, process, cut, measures, plan, estimator, processes, out, progress)
+    if not ranks.first:
+        if _measure_experts in stages:
+            _train(request, None)
+        return ranks.share(None)
+    facts: dict[str, Any] = {}
     for stage in stages:
-        stage(request)
+        facts |= stage(request)
     ranking = _rank(out, run)
     (out / PARTIAL_EXPERTS).unlink(missing_ok=True)
-    finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
+    finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1), **facts)
     tables = (_optional(out / f"{name}.csv") for name in ("losses", "convergence", "relative_entropy"))
-    return Measurement(process, cut, ranking, *tables)
+    return ranks.share(Measurement(process, cut, ranking, *tables))
 
 
 def rank_folder(folder: Path) -> Ranking:
@@ -143,6 +157,7 @@ class _Request:
     measures: list[str]
     plan: ExpertPlan
     estimator: str
+    processes: int | None
     out: Path
     progress: StageProgress | None
 
@@ -152,7 +167,20 @@ class _Request:
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
-def _measure_experts(request: _Request) -> None:
+def _open_folder(out: Path, config: dict[str, Any], process: Process) -> dict[str, Any]:
+    """Start the run, unless that would strand the experts of an interrupted one with other settings."""
+    stem = PARTIAL_EXPERTS.split(".")[0]
+    if any(out.glob(f"{stem}.*")) and read_json(out / "run.json").get("config") != as_json(config):
+        raise InputError(
+            f"{out} holds an interrupted measurement with other settings; give the same command to go on with it, "
+            "choose another --out, or delete it"
+        )
+    run = start_run(out, "measure", config)
+    write_process(out, process)
+    return run
+
+
+def _measure_experts(request: _Request) -> dict[str, Any]:
     plan, watch = request.plan, None
     if SAMPLE_QUALITY in request.measures:
         path, state = request.out / "sample_quality.csv", request.out / PARTIAL_EXPERTS
@@ -165,32 +193,41 @@ def _measure_experts(request: _Request) -> None:
             earlier=read_table(path) if resumed else None,
             write=lambda table: write_table(path, table),
         )
-    curves = train_experts(
-        request.dataset,
-        request.process,
-        request.tasks,
-        plan,
-        resume_from=request.out / PARTIAL_EXPERTS,
-        progress=request.report("experts"),
-        watch=watch,
-    )
+    curves = _train(request, watch)
     losses = loss_table(curves, plan.seeds, plan.batch)
     if curves.excess is None:
         write_array(request.out / FLOOR_FILE, best_known(curves).astype(np.float32))
     write_table(request.out / "losses.csv", losses)
     write_table(request.out / "convergence.csv", convergence_table(losses, plan.budget))
     write_table(request.out / "stability.csv", stability_table(losses, plan.budget))
+    assert curves.engine is not None
+    return {"engine": asdict(curves.engine)}
 
 
-def _measure_relative_entropy(request: _Request) -> None:
+def _train(request: _Request, watch: SampleQuality | None) -> ExpertCurves:
+    return train_experts(
+        request.dataset,
+        request.process,
+        request.tasks,
+        request.plan,
+        processes=request.processes,
+        resume_from=request.out / PARTIAL_EXPERTS,
+        progress=request.report("experts"),
+        watch=watch,
+    )
+
+
+def _measure_relative_entropy(request: _Request) -> dict[str, Any]:
     table = kl(
         request.dataset, request.process, estimator=request.estimator, progress=request.report("relative entropy")
     )
     write_table(request.out / "relative_entropy.csv", table)
+    return {}
 
 
-# Samples are judged while the experts are trained: two measures, one stage.
-MEASURES: Mapping[str, Callable[[_Request], None]] = {
+# Samples are judged while the experts are trained: two measures, one stage. Each stage writes its tables and returns
+# what run.json should say of how it was done.
+MEASURES: Mapping[str, Callable[[_Request], dict[str, Any]]] = {
     "convergence": _measure_experts,
     SAMPLE_QUALITY: _measure_experts,
     "relative-entropy": _measure_relative_entropy,

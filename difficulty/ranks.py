@@ -6,6 +6,7 @@ However they were started, they are one torch.distributed group that exchanges P
 
 __all__ = ["ONE", "Ranks", "help_out", "helpers", "launched_ranks"]
 
+import atexit
 import contextlib
 import functools
 import os
@@ -58,8 +59,8 @@ class Ranks:
         dist.gather_object(value, found, dst=0, group=self.group)
         return found or []
 
-    def share(self, value: Value) -> Value:
-        """The value that rank 0 gave. All ranks must call it."""
+    def share(self, value: Any) -> Any:
+        """The value that rank 0 gave, whatever the others give. All ranks must call it."""
         if self.world == 1:
             return value
         box = [value]
@@ -98,6 +99,7 @@ def launched_ranks() -> Ranks:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
         group = None
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
@@ -150,8 +152,7 @@ def help_out(rank: int, world: int, path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches rank 0, which ends its helpers
     torch.set_num_threads(1)
     ranks = _meet(rank, world, path)
-    job: Any = None
-    job = ranks.share(job)
+    job = ranks.share(None)
     job(ranks)
     dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ is written first as "running" and last as "finished", and a folder in any other 
 """
 
 __all__ = [
+    "as_json",
     "check_columns",
     "fingerprint_array",
     "finish_run",
@@ -69,7 +70,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically. NaN and infinity, which JSON lacks, become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    text = json.dumps(as_json(value), indent=2, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
@@ -163,7 +164,7 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
         raise InputError(f"{folder} is not empty and holds no run.json; choose another output folder")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another output folder")
-    config = _finite(config)
+    config = as_json(config)
     if (folder / "run.json").exists():
         earlier = read_json(folder / "run.json")
         if earlier.get("status") == "finished" and (earlier.get("kind"), earlier.get("config")) != (kind, config):
@@ -217,15 +218,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """The value as it is after writing it to JSON and reading it back; NaN and infinity, which JSON lacks, are None."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, np.generic):
-        return _finite(value.item())
+        return as_json(value.item())
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):

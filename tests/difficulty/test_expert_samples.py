@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from difficulty.datasets import load_dataset
-from difficulty.engines import ENGINES
+from difficulty.engines import Bank
 from difficulty.errors import InputError
 from difficulty.expert_samples import QUALITY_COLUMNS, SampleQuality, _steps_in, quality_estimates
 from difficulty.experts import ExpertPlan, build_expert, train_experts
@@ -44,7 +44,7 @@ def bank_of(weights, tasks):
         for _ in range(tasks):
             experts.append(build_expert(DATA, PROCESS, PLAN, seed))
             experts[-1].load_state_dict(own, strict=False)
-    return ENGINES["loop"](experts)
+    return Bank(experts, "loop")
 
 
 def test_an_expert_that_equals_the_shared_network_changes_no_sample():
