@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from difficulty.convergence import DEFINITIONS
 from difficulty.ranking import RankingTask
+from difficulty.relative_entropy import COLUMNS
+from difficulty.relative_entropy.estimators import ESTIMATORS
 from training.arms import ARMS
 from training.cli import SUBCOMMANDS
 from training.curriculum import Curriculum, DensityField, PacingField
+from training.features import FEATURES
+from training.metrics import DISTANCES
 from training.pacing import PACINGS, make_pacing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "curriculum-json.md").read_text()
@@ -58,3 +63,14 @@ def test_documented_arms_are_those_that_exist():
     table = TRAINING[TRAINING.index("| arm |") : TRAINING.index("`effects.csv`")]
     named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(.*?)`", row)]
     assert set(named) == set(ARMS)
+
+
+MEASURES = (Path(__file__).parents[2] / "docs" / "measures.md").read_text()
+
+
+def test_every_measure_that_exists_is_defined_and_no_other():
+    rows = set(re.findall(r"^\| `([\w-]+)` \|", MEASURES, re.M))
+    columns = set(COLUMNS) - {"t_from", "t", "log_snr", "se", "ci_low", "ci_high", "estimator", "valid", "reason"}
+    assert rows == {*DEFINITIONS, *columns, "nats", "loss", *DISTANCES, *FEATURES}
+    for estimator in ESTIMATORS:
+        assert f"`{estimator}`" in MEASURES
