@@ -7,7 +7,18 @@ start by predicting zero; what a multiple of the input can predict is added outs
 UNet and DiT attend to a sequence of tokens after ``attend_to(width)``: ``forward(x, log_snr, context)``.
 """
 
-__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "Context", "DiT", "UNet", "build_network", "check_network", "own_function"]
+__all__ = [
+    "DIT_SIZES",
+    "MLP",
+    "NETWORKS",
+    "Context",
+    "DiT",
+    "UNet",
+    "build_network",
+    "check_network",
+    "own_function",
+    "recompute_blocks",
+]
 
 import functools
 import importlib.util
@@ -23,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from difficulty.diffusers_network import diffusers_network
+from difficulty.diffusers_network import DiffusersNetwork, diffusers_network
 from difficulty.errors import InputError, choose
 from difficulty.randomness import seeded_torch
 from difficulty.specs import build
@@ -350,6 +361,20 @@ def check_network(network: object, name: str, shape: tuple[int, ...]) -> None:
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if found != (2, *shape):
         raise InputError(f"network {name!r} maps x of shape {(2, *shape)} to {found}; it must keep the shape")
+
+
+def recompute_blocks(network: nn.Module, name: str) -> None:
+    """Let a network compute its blocks again in the backward pass, for less memory and the same gradient.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    if isinstance(network, DiT):
+        network.recompute = True
+    elif isinstance(network, DiffusersNetwork) and network.model._supports_gradient_checkpointing:
+        network.model.enable_gradient_checkpointing()
+    else:
+        raise InputError(f"network {name!r} has no gradient checkpointing; a dit has, and most models of diffusers")
 
 
 def own_function(path: Path, name: str) -> Callable[..., Any]:

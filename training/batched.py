@@ -20,8 +20,10 @@ import torch
 from difficulty.engines import Block
 from difficulty.prediction import from_x0_eps
 from difficulty.randomness import integers, normal
+from training.plan import TrainPlan
 from training.streams import BATCH, NOISE
-from training.trainer import Diverged, Trainer, TrainPlan, ema_share
+from training.trainer import Diverged, Trainer, ema_share
+from training.uncertainty import split_weight
 
 
 class RunDiverged(Diverged):
@@ -54,12 +56,14 @@ class RunsTogether(Protocol):
 def can_be_stacked(plan: TrainPlan) -> bool:
     """Whether runs of this plan train faster as one program, and nothing they need is missing there."""
     plain = plan.precision == "fp32" and plan.micro_batches == 1 and plan.condition == "none"
+    plain = plain and plan.lr_start == "begin" and not plan.compile and not split_weight(plan.weight)[1]
     return plain and (plan.network.partition(":")[0] == "mlp" or torch.cuda.is_available())
 
 
 def train_together(trainers: Sequence[Trainer]) -> RunsTogether:
     """The sibling that is faster for these runs."""
-    return Stacked(trainers) if len(trainers) > 1 and can_be_stacked(trainers[0].plan) else OneByOne(trainers)
+    together = len(trainers) > 1 and all(can_be_stacked(trainer.plan) for trainer in trainers)
+    return Stacked(trainers) if together else OneByOne(trainers)
 
 
 class OneByOne:

@@ -42,7 +42,7 @@ class EventLog:
         if trainer.done % EVERY == 0 or self._writer is None:
             writer = self._at(trainer.done)
             writer.add_scalar("train/loss", loss, trainer.done)
-            writer.add_scalar("train/learning_rate", trainer.plan.lr_at(trainer.done - 1), trainer.done)
+            writer.add_scalar("train/learning_rate", trainer.lr_at(trainer.done - 1), trainer.done)
             writer.add_scalar("train/stage", trainer.sampler.stage, trainer.done)
 
     def evaluation(self, trainer: Trainer, measured: HeldOutLoss) -> None:

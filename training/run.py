@@ -86,6 +86,7 @@ def train(
     cadence: Cadence | None = None,
     resume: str = "auto",
     device: str = "cpu",
+    parallel: str = "ddp",
     watch: Watcher | None = None,
     tell: Callable[[str], None] = lambda message: None,
     show: Shower | None = None,
@@ -100,6 +101,7 @@ def train(
         cadence: how often to write.
         resume: ``auto`` continues what is there, ``never`` refuses a folder that holds a run.
         device: torch device.
+        parallel: how several processes share the weights; see ``training.parallel``.
         watch: called with the trainer and the batch loss after every iteration.
         tell: called with sentences for the user.
         show: called with samples and a path to draw them to.
@@ -112,7 +114,9 @@ def train(
     cadence = cadence or Cadence()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    trainer = Trainer(data, process, plan, curriculum, device=device, text=text, rank=rank, world=world)
+    trainer = Trainer(
+        data, process, plan, curriculum, device=device, text=text, rank=rank, world=world, parallel=parallel
+    )
     tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
     heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
     run, state = _open_together(trainer, out, cadence, resume, tell)
@@ -129,8 +133,9 @@ def train(
         try:
             loss = trainer.step()
         except Diverged as error:
+            good = trainer.state_dict()
             if rank == 0:
-                save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+                save_checkpoint(out / "checkpoints", good | {"log": log}, cadence.keep)
             raise Diverged(f"{error}; the last good state is checkpoint {trainer.done} in {out}") from None
         trainer.report_heldout(heldout)
         if watch and rank == 0:
@@ -138,19 +143,24 @@ def train(
         last = trainer.done == plan.steps
         if last:
             trainer.sampler.finish(trainer.done)
+        evaluated, saved = (_now(every, trainer.done, last) for every in (cadence.evaluate, cadence.checkpoint))
+        sampled = show is not None and _now(cadence.sample, trainer.done, last)
+        if evaluated or sampled:
+            trainer.gather()
+        current = trainer.state_dict() if saved else {}
         if rank > 0:  # the first process writes
             continue
-        if _now(cadence.evaluate, trainer.done, last):
+        if evaluated:
             measured = _log_heldout(trainer, heldout, float(loss), log)
             if judged:
                 judged(trainer, measured)
             _write_tables(trainer, out, log, tasks)
-        if show and _now(cadence.sample, trainer.done, last):
+        if show and sampled:
             wanted = trainer.conditioning.examples(cadence.grid) if trainer.conditioning else None
             drawn = draw_samples(trainer.ema, cadence.grid, data.shape, seed=plan.seed, condition=wanted, device=device)
             show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
-        if _now(cadence.checkpoint, trainer.done, last):
-            save_checkpoint(out / "checkpoints", trainer.state_dict() | {"log": log}, cadence.keep)
+        if saved:
+            save_checkpoint(out / "checkpoints", current | {"log": log}, cadence.keep)
     if rank > 0:
         return trainer
     _write_tables(trainer, out, log, tasks)
@@ -224,7 +234,7 @@ def _open(
 def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> HeldOutLoss:
     measured = heldout.evaluate(trainer.ema)
     done, stage = trainer.done, trainer.sampler.stage
-    samples, lr = done * trainer.plan.batch, trainer.plan.lr_at(done - 1)
+    samples, lr = done * trainer.plan.batch, trainer.lr_at(done - 1)
     log["curve"].append([done, samples, stage, loss, lr, measured.nats, measured.loss])
     pairs = zip(measured.nats_per_task.tolist(), measured.loss_per_task.tolist(), strict=True)
     log["losses"] += [[done, samples, stage, task, nats, own] for task, (nats, own) in enumerate(pairs)]

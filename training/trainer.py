@@ -4,16 +4,15 @@
 
 The batch, the noise and u come from (seed, step) alone. Two runs of one seed therefore see the same initial weights,
 samples and noise in every step, whatever their curriculum, density or weight: that is what makes a comparison paired,
-and a resumed run equal to one that was never stopped. The learning rate is a function of the step and has no state.
+and a resumed run equal to one that was never stopped. The learning rate is a function of the step and of when the last
+stage began, and has no state.
 """
 
-__all__ = ["LR_SCHEDULES", "PRECISIONS", "Diverged", "TrainPlan", "Trainer", "ema_share"]
+__all__ = ["Diverged", "TrainPlan", "Trainer", "ema_share"]
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,103 +21,26 @@ from torch.optim.swa_utils import AveragedModel
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.errors import InputError, choose
-from difficulty.networks import NETWORKS, build_network
+from difficulty.errors import InputError
+from difficulty.networks import NETWORKS, build_network, recompute_blocks
 from difficulty.process import Array, Process
 from difficulty.randomness import integers, normal, seeded_torch, uniform
-from training.conditional import CONDITIONS, Condition, conditioning, given
+from training.conditional import Condition, conditioning, given
 from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
+from training.parallel import Sharded, make_parallel, moments
+from training.plan import PRECISIONS, TrainPlan
 from training.streams import BATCH, FORWARD, LABELS, NOISE
 from training.text import TextTable
 from training.timesteps import TimestepSampler
+from training.uncertainty import LogVariance, split_weight
 from training.weights import loss_weights
 
-
-def _constant(progress: float) -> float:
-    return 1.0
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-# Factor on the learning rate as a function of the share of the run that is done, in [0, 1).
-PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LR_SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+LEAST_SCALE = 1e-6  # of the loss in fp16; it starts at 65536
 
 
 class Diverged(InputError):
     """The loss became NaN or infinite; the trainer still holds the weights from before that step."""
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """Everything that determines a run but the data, the process and the curriculum.
-
-    Args:
-        steps: iterations.
-        batch: samples per iteration, over all processes and micro-batches together.
-        micro_batches: parts into which a process cuts its samples to save memory; the gradient is that of the whole.
-        precision: a name in ``PRECISIONS``; weights and optimizer stay in float32.
-        network: spec of the network, as in ``mlp:width=256``.
-        prediction: what the network predicts.
-        weight: loss weight, a spec of `weights.py`.
-        density: base density of t by spec; None takes the curriculum's, or uniform.
-        stratified: spread the t of a batch evenly.
-        lr: peak learning rate.
-        lr_schedule: a name in ``LR_SCHEDULES``.
-        warmup: iterations of linear warm-up.
-        weight_decay: of AdamW.
-        clip: greatest norm of the gradient; 0 for none.
-        condition: what the network is told about a sample, a name in ``CONDITIONS``.
-        condition_dropout: how often it is not told, for guidance.
-        ema_decay: greatest decay of the moving average; after n updates it is min(ema_decay, (1+n)/(10+n)).
-        seed: of weights, batches, noise and timesteps.
-    """
-
-    steps: int = 2000
-    batch: int = 128
-    micro_batches: int = 1
-    precision: str = "fp32"
-    network: str = "mlp"
-    prediction: str = "eps"
-    weight: str = "constant"
-    density: str | None = None
-    stratified: bool = False
-    lr: float = 1e-3
-    lr_schedule: str = "cosine"
-    warmup: int = 50
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema_decay: float = 0.9999
-    condition: str = "none"
-    condition_dropout: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        choose("learning-rate schedule", self.lr_schedule, LR_SCHEDULES)
-        choose("precision", self.precision, PRECISIONS)
-        choose("condition", self.condition, CONDITIONS)
-        for name in ("steps", "batch", "micro_batches", "lr"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.condition_dropout <= 1:
-            raise InputError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of an iteration, from 0."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.lr * warm * LR_SCHEDULES[self.lr_schedule](step / self.steps)
 
 
 class Trainer:
@@ -134,10 +56,11 @@ class Trainer:
         network: a module ``forward(x, log_snr)`` in place of the one that the plan names; its weights are taken over.
         text: the embedded captions of the data, if the plan's condition is text.
         rank, world: this process and the number of processes that train together (torch.distributed is initialised).
+        parallel: how they share the weights, a name in ``training.parallel.PARALLEL``.
 
     Raises:
-        InputError: if a name is unknown, the curriculum was made for another process, or the batch cannot be shared
-            equally.
+        InputError: if a name is unknown, the curriculum was made for another process, the batch cannot be shared
+            equally, or the device or the network cannot do what the plan asks for.
     """
 
     def __init__(
@@ -153,6 +76,7 @@ class Trainer:
         text: TextTable | None = None,
         rank: int = 0,
         world: int = 1,
+        parallel: str = "ddp",
     ) -> None:
         if plan.batch % (world * plan.micro_batches):
             raise InputError(
@@ -161,22 +85,38 @@ class Trainer:
             )
         self.rank, self.world = rank, world
         self.data, self.process, self.plan, self.device = data, process, plan, torch.device(device)
+        _check_abilities(plan, self.device, parallel if world > 1 else "ddp")
         self.samples = data.train.to(self.device)
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
         # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
         self.draws = type(network) not in NETWORKS.values()
+        if plan.gradient_checkpointing:
+            recompute_blocks(network, plan.network)
         self.conditioning = conditioning(plan.condition, data, text)
         if self.conditioning:
             network = self.conditioning.network(network, plan.seed)
         self.denoiser = Denoiser(network, process, plan.prediction, data_std).to(self.device)
         self.averaged = AveragedModel(self.denoiser.network, multi_avg_fn=_ema_with_warmup(plan.ema_decay)).eval()
-        # The same process and scales around the averaged weights.
+        # The same process and scales around the averaged weights, whole on the process that evaluates them.
         self.ema = copy.copy(self.denoiser)
-        self.ema._modules = dict(self.denoiser._modules) | {"network": self.averaged.module}
-        self.optimizer = torch.optim.AdamW(
-            self.denoiser.network.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True
-        )
+        self.parallel = make_parallel(parallel, world, self.device)
+        apart = isinstance(self.parallel, Sharded) and rank == 0
+        evaluated = copy.deepcopy(self.averaged.module) if apart else self.averaged.module
+        self.ema._modules = dict(self.denoiser._modules) | {"network": evaluated}
+        weight, learned = split_weight(plan.weight)
+        self.uncertainty = LogVariance().to(self.device) if learned else None
+        for module in (self.denoiser.network, self.averaged.module, self.uncertainty):
+            if module is not None:
+                self.parallel.prepare(module)
+        if plan.compile:
+            self.denoiser.network.compile()
+        groups: list[dict[str, Any]] = [{"params": [*self.denoiser.network.parameters()]}]
+        if self.uncertainty is not None:
+            groups.append({"params": [*self.uncertainty.parameters()], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type) if plan.precision == "fp16" else None
         self.sampler = TimestepSampler(
             process,
             curriculum,
@@ -185,7 +125,7 @@ class Trainer:
             seed=plan.seed,
             stratified=plan.stratified,
         )
-        table = loss_weights(plan.weight, process, plan.prediction)
+        table = loss_weights(weight, process, plan.prediction)
         self.loss_weight = torch.as_tensor(table, dtype=torch.float32, device=self.device)
         self.done = 0
 
@@ -212,23 +152,56 @@ class Trainer:
             denoiser = self.denoiser if condition is None else given(self.denoiser, condition[part])
             with self._autocast(), self._drawing(step, first):
                 losses = denoiser.losses(x0[part], eps[part], t[part])
-            loss = (losses.float() * self.loss_weight[t[part]] * weight[part]).sum() / (plan.batch * self.data.dim)
-            loss.backward()
+            weighted = losses.float() * self.loss_weight[t[part]]
+            loss = (weighted * weight[part]).sum() / (plan.batch * self.data.dim)
+            self._backward(self._objective(loss, weighted, t[part], weight[part]))
             total += loss.detach()
-        if self.world > 1:
-            self._sum_over_processes(total)
+        self.parallel.reduce(total, self.trained)
         # The same number on every process, so that all of them stop, or all go on.
         if not torch.isfinite(total):
             raise Diverged(self.divergence(float(total), step))
-        if plan.clip:
-            nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), plan.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.lr_at(step)
-        self.optimizer.step()
+            group["lr"] = self.lr_at(step)
+        self._update()
         self.averaged.update_parameters(self.denoiser.network)
         self.done += 1
         self.sampler.update(total)
         return total
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of an iteration that was sampled, from 0."""
+        sampler, start = self.sampler, None
+        if self.plan.lr_start == "begin":
+            start = 0
+        elif sampler.stage == sampler.stages - 1:
+            start = sampler.stage_start
+        return self.plan.lr_at(step, start)
+
+    def _objective(self, loss: Tensor, weighted: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        """What is minimised: the loss, or its form with learned uncertainty."""
+        if self.uncertainty is None:
+            return loss
+        objective = self.uncertainty.objective(weighted / self.data.dim, self.denoiser.log_snr[t])
+        return (objective * weight).sum() / self.plan.batch
+
+    def _backward(self, objective: Tensor) -> None:
+        if self.parallel.loss_factor != 1:
+            objective = objective * self.parallel.loss_factor
+        (objective if self.scaler is None else self.scaler.scale(objective)).backward()
+
+    def _update(self) -> None:
+        """Clip and step. With fp16 a step whose gradients overflow is left out, and the next one scaled less."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.plan.clip:
+            nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.plan.clip)
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < LEAST_SCALE:
+            raise Diverged(f"the gradients overflow fp16 at step {self.done} however they are scaled; use bf16 or fp32")
 
     def divergence(self, loss: float, step: int) -> str:
         """What to say when a loss is not finite."""
@@ -246,16 +219,6 @@ class Trainer:
         if not self.draws:
             return contextlib.nullcontext()
         return seeded_torch(self.plan.seed, FORWARD, step, self.rank, micro_batch)
-
-    def _sum_over_processes(self, total: Tensor) -> None:
-        """Sum gradients and loss over the processes, as one message."""
-        gradients = [p.grad for p in self.denoiser.network.parameters() if p.grad is not None]
-        message = torch.cat([total.reshape(1), *(gradient.flatten() for gradient in gradients)])
-        torch.distributed.all_reduce(message)
-        total.copy_(message[0])
-        parts = message[1:].split([gradient.numel() for gradient in gradients])
-        for gradient, summed in zip(gradients, parts, strict=True):
-            gradient.copy_(summed.view_as(gradient))
 
     def _condition(self, rows: Tensor, step: int, mine: slice) -> Condition | None:
         """What the network is told of this process's part of a batch, some of it dropped."""
@@ -278,16 +241,34 @@ class Trainer:
             self.denoiser.train()
             self.sampler.update_heldout(losses.cpu().double().tolist())
 
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Bring ``ema`` up to date where the average is shared between processes; all of them must call this."""
+        if not isinstance(self.parallel, Sharded):
+            return
+        for part, whole in zip(self.averaged.module.parameters(), self.ema.network.parameters(), strict=True):
+            value = self.parallel.whole(part)
+            if self.rank == 0:
+                whole.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
-        """Weights, average, optimizer, sampler and step; see `checkpoint.py`."""
-        return {
-            "model": self.denoiser.network.state_dict(),
-            "ema": self.averaged.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        """Weights, average, optimizer, sampler and step, whole; see `checkpoint.py`. All processes must call this."""
+        whole, optimizer = self.parallel.whole, self.optimizer.state_dict()
+        values = {i: {name: whole(value) for name, value in each.items()} for i, each in optimizer["state"].items()}
+        state = {
+            "model": {name: whole(value) for name, value in self.denoiser.network.state_dict().items()},
+            "ema": {name: whole(value) for name, value in self.averaged.module.state_dict().items()},
+            "optimizer": optimizer | {"state": values},
             "sampler": self.sampler.state_dict(),
             "step": self.done,
             "ema_updates": int(self.averaged.n_averaged),
         }
+        if self.uncertainty is not None:
+            weights = self.uncertainty.state_dict().items()
+            state["uncertainty"] = {name: whole(value).tolist() for name, value in weights}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``.
@@ -296,15 +277,46 @@ class Trainer:
             InputError: if the weights are those of another network.
         """
         try:
-            self.denoiser.network.load_state_dict(state["model"])
-            self.averaged.module.load_state_dict(state["ema"])
+            self._load(self.denoiser.network, state["model"])
+            self._load(self.averaged.module, state["ema"])
         except RuntimeError as error:
             reason = str(error).splitlines()[0].rstrip(":")
             raise InputError(f"the saved weights do not fit network {self.plan.network!r} ({reason})") from None
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(moments(self.parallel, self.optimizer, state["optimizer"]))
+        if self.uncertainty is not None:
+            self._load(self.uncertainty, {name: torch.tensor(value) for name, value in state["uncertainty"].items()})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.averaged.n_averaged.fill_(state["ema_updates"])
         self.sampler.load_state_dict(state["sampler"])
         self.done = state["step"]
+        self.gather()
+
+    def _load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        own = module.state_dict()
+        module.load_state_dict(
+            {name: self.parallel.part(value, own[name]) if name in own else value for name, value in weights.items()}
+        )
+
+
+def _check_abilities(plan: TrainPlan, device: torch.device, parallel: str) -> None:
+    """Raise InputError if the device, the compiler or the way to share weights cannot do what the plan asks for."""
+    if plan.precision != "fp32":
+        try:
+            with torch.autocast(device.type, PRECISIONS[plan.precision]):
+                able = nn.functional.linear(*torch.ones(2, 2, 2, device=device)).dtype == PRECISIONS[plan.precision]
+        except RuntimeError:
+            able = False
+        if not able:
+            raise InputError(f"device {device.type!r} cannot compute in {plan.precision}; choose another precision")
+    if parallel == "fsdp" and (plan.precision == "fp16" or plan.compile):
+        raise InputError("fsdp goes with fp32 and bf16 and without --compile; choose ddp for the others")
+    if plan.compile:
+        try:
+            torch.compile(torch.nn.functional.silu)(torch.ones(2, device=device))
+        except Exception as error:  # torch raises many kinds where a compiler is missing or fails
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"torch.compile does not work here ({reason}); train without --compile") from None
 
 
 Tensors = tuple[Tensor, ...] | list[Tensor]

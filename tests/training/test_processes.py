@@ -1,42 +1,79 @@
-"""Two processes under torchrun against one."""
+"""Two processes under torchrun against one, with whole weights in each and with weights cut in two."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from training.curriculum import make_curriculum
+from training.run import Cadence, train
+from training.trainer import TrainPlan
 
-DATA = "gaussian:dim=4,var=0.25,n=400"
+PLAN = TrainPlan(steps=60, batch=16, network="mlp:width=8,depth=2", weight="min-snr+uncertainty")
+CADENCE = Cadence(evaluate=20, checkpoint=20, sample=0)
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from difficulty.datasets import load_dataset
+from difficulty.process import get_process
+from training.curriculum import Curriculum
+from training.parallel import join_processes
+from training.run import Cadence, train
+from training.trainer import TrainPlan
+
+folder = Path(sys.argv[1])
+join_processes("cpu")
+plan = TrainPlan(steps=60, batch=16, network="mlp:width=8,depth=2", weight="min-snr+uncertainty")
+data, process = load_dataset("gaussian:dim=4,var=0.25,n=400"), get_process("vp-linear:T=80")
+curriculum = Curriculum.load(folder / "c.json")
+for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp"), ("continued-one", "fsdp")):
+    cadence = Cadence(evaluate=20, checkpoint=20, sample=0)
+    train(data, process, plan, folder / name, curriculum, cadence=cadence, parallel=parallel)
+"""
 
 
-def _run(tmp_path, name, curriculum, launcher):
-    out = tmp_path / name
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "training", "run", DATA, "--curriculum", str(curriculum), "--out", str(out),
-         "--steps", "60", "--batch", "16", "--network", "mlp:width=8,depth=2", "--evaluate-every", "20",
-         "--checkpoint-every", "20", "--sample-every", "0", "--device", "cpu", "--json"],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return out
+def _without_the_last_checkpoint(source, target):
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "step-00000060")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo rendezvous on the loopback")
-def test_two_processes_train_as_one_does_at_the_same_global_batch(ranking, tmp_path):
-    curriculum = make_curriculum(ranking, k=3, pacing="patience", pacing_options={"tau": 4})
-    curriculum.save(tmp_path / "c.json")
-    one = _run(tmp_path, "one", tmp_path / "c.json", [])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = _run(tmp_path, "two", tmp_path / "c.json", launcher)
-    weights = [load_file(out / "checkpoints" / "step-00000060" / "model.safetensors") for out in (one, two)]
-    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+def _same_trajectory(one, two):
+    for name in ("model", "ema", "optimizer"):
+        whole, other = (load_file(out / "checkpoints" / "step-00000060" / f"{name}.safetensors") for out in (one, two))
+        assert whole.keys() == other.keys()
+        assert all(np.allclose(whole[key], other[key], atol=1e-4) for key in whole)
     # stage decisions and the counted samples are those of the whole batch, on every process
     stages = [pd.read_csv(out / "stages.csv") for out in (one, two)]
     assert stages[0].equals(stages[1])
     losses = [pd.read_csv(out / "losses.csv")["nats_per_log_snr"] for out in (one, two)]
     assert np.allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo rendezvous on the loopback")
+def test_two_processes_train_as_one_does_however_they_share_the_weights(gaussian, process, ranking, tmp_path):
+    torch.set_num_threads(1)
+    curriculum = make_curriculum(ranking, k=3, pacing="patience", pacing_options={"tau": 4})
+    curriculum.save(tmp_path / "c.json")
+    train(gaussian, process, PLAN, tmp_path / "one", curriculum, cadence=CADENCE)
+    _without_the_last_checkpoint(tmp_path / "one", tmp_path / "continued-one")
+    (tmp_path / "two.py").write_text(TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "two.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A checkpoint of cut weights is whole: one process goes on with it.
+    _without_the_last_checkpoint(tmp_path / "fsdp", tmp_path / "continued-fsdp")
+    train(gaussian, process, PLAN, tmp_path / "continued-fsdp", curriculum, cadence=CADENCE)
+    for name in ("ddp", "fsdp", "continued-one", "continued-fsdp"):
+        _same_trajectory(tmp_path / "one", tmp_path / name)

@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
 from training.curriculum import make_curriculum
 from training.heldout import HeldOut
-from training.trainer import LR_SCHEDULES, Diverged, Trainer, TrainPlan
+from training.plan import LR_SCHEDULES, TrainPlan
+from training.trainer import Diverged, Trainer
 
 PLAN = TrainPlan(steps=40, batch=16, network="mlp:width=16,depth=2", warmup=5)
 
@@ -21,6 +23,11 @@ def _train(data, process, plan, curriculum=None, **options):
     trainer = Trainer(data, process, plan, curriculum, **options)
     losses = [float(trainer.step()) for _ in range(plan.steps)]
     return trainer, losses
+
+
+def _finish(trainer, steps):
+    for _ in range(steps):
+        trainer.step()
 
 
 def _weights(trainer):
@@ -194,3 +201,80 @@ def test_dropout_of_a_users_network_depends_on_seed_and_step_alone_and_is_off_in
     x, t = torch.randn(3, 4), torch.tensor([5, 6, 7])
     assert torch.equal(whole.ema(x, t), whole.ema(x, t))
     assert not torch.equal(whole.denoiser(x, t), whole.denoiser(x, t))
+
+
+def test_learning_rate_may_keep_its_peak_until_the_last_stage_begins(gaussian, process, curriculum, one_cluster):
+    plan = TrainPlan(**(vars(PLAN) | {"lr_start": "after-curriculum", "warmup": 0, "steps": 100}))
+    staged, plain = (Trainer(gaussian, process, plan, c) for c in (curriculum, one_cluster))
+    rates = []
+    for step in range(100):
+        staged.step()
+        rates.append(staged.optimizer.param_groups[0]["lr"])
+        plain.step()
+        assert plain.optimizer.param_groups[0]["lr"] == TrainPlan(**(vars(plan) | {"lr_start": "begin"})).lr_at(step)
+    start = staged.sampler.records[-1].start
+    assert start == 10
+    assert rates[:11] == [plan.lr] * 11
+    expected = [plan.lr * 0.5 * (1 + np.cos(np.pi * (step - 10) / 90)) for step in range(10, 100)]
+    assert np.allclose(rates[10:], expected)
+
+
+def test_fp16_scales_the_loss_follows_full_precision_and_resumes_bit_identically(gaussian, process):
+    plan = TrainPlan(**(vars(PLAN) | {"precision": "fp16"}))
+    whole, losses = _train(gaussian, process, plan)
+    assert np.allclose(losses, _train(gaussian, process, PLAN)[1], rtol=0.05)
+    assert all(weight.dtype == torch.float32 for weight in _weights(whole))
+    first, second = (Trainer(gaussian, process, plan) for _ in range(2))
+    for _ in range(13):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert losses[13:] == [float(second.step()) for _ in range(27)]
+    assert second.state_dict()["scaler"]["_growth_tracker"] == 40
+
+
+def test_an_overflowing_gradient_in_fp16_leaves_the_step_out_and_lowers_the_scale(gaussian, process):
+    trainer = Trainer(gaussian, process, TrainPlan(**(vars(PLAN) | {"precision": "fp16"})))
+    trainer.step()
+    before = [weight.clone() for weight in trainer.denoiser.network.parameters()]
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 1e30})
+    trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.denoiser.network.parameters(), strict=True))
+    assert trainer.scaler.get_scale() == pytest.approx(5e29)
+    trainer.denoiser.network.last.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(Diverged, match="overflow fp16 at step"):
+        _finish(trainer, 200)
+    assert all(torch.isfinite(weight).all() for weight in trainer.denoiser.network.parameters())
+
+
+def test_a_device_that_cannot_compute_in_half_precision_is_refused(gaussian, process):
+    with pytest.raises(InputError, match="device 'meta' cannot compute in fp16"):
+        Trainer(gaussian, process, TrainPlan(**(vars(PLAN) | {"precision": "fp16"})), device="meta")
+
+
+def test_recomputed_blocks_train_alike_and_a_network_without_blocks_is_refused(process):
+    data = load_dataset("digits")
+    plan = TrainPlan(steps=3, batch=8, network="dit-tiny/4", gradient_checkpointing=True)
+    _, losses = _train(data, process, plan)
+    assert losses == _train(data, process, replace(plan, gradient_checkpointing=False))[1]
+    with pytest.raises(InputError, match="network 'mlp' has no gradient checkpointing"):
+        Trainer(data, process, replace(plan, network="mlp"))
+
+
+def test_a_compiled_network_trains_alike_and_has_the_same_weights_by_name(
+    gaussian, process, monkeypatch
+):
+    # The tracing is torch's own; generating code as well takes half a minute and a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, losses = _train(gaussian, process, replace(PLAN, steps=5))
+    compiled, compiled_losses = _train(gaussian, process, replace(PLAN, steps=5, compile=True))
+    assert np.allclose(losses, compiled_losses, rtol=1e-4)
+    assert plain.state_dict()["model"].keys() == compiled.state_dict()["model"].keys()
+
+
+def test_compiling_without_a_compiler_costs_one_sentence(gaussian, process, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no working C++ compiler\nin a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=r"^torch.compile does not work here \(no working C\+\+ compiler\); train"):
+        Trainer(gaussian, process, replace(PLAN, compile=True))

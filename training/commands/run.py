@@ -2,10 +2,8 @@
 
 __all__ = ["run"]
 
-import atexit
 import functools
 import json as jsonlib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,9 +20,11 @@ from training.curriculum import Curriculum
 from training.events import EventLog
 from training.heldout import HeldOut
 from training.latents import Autoencoder, latent_dataset
+from training.parallel import join_processes
+from training.plan import TrainPlan
 from training.plots import draw_folder, save_grid
 from training.run import Cadence, train
-from training.trainer import Trainer, TrainPlan
+from training.trainer import Trainer
 
 
 def run(
@@ -36,6 +36,9 @@ def run(
     batch: int = 128,
     micro_batches: int = 1,
     precision: str = "fp32",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     network: str = "mlp",
     prediction: str = "eps",
     weight: str = "constant",
@@ -43,6 +46,7 @@ def run(
     stratified: bool = False,
     lr: float = 1e-3,
     lr_schedule: str = "cosine",
+    lr_start: Literal["begin", "after-curriculum"] = "begin",
     warmup: int = 50,
     weight_decay: float = 0.0,
     clip: float = 1.0,
@@ -75,15 +79,19 @@ def run(
         steps: Iterations.
         batch: Samples per iteration, over all processes together.
         micro_batches: Parts into which each process cuts its samples to save memory.
-        precision: fp32, or bf16 for the forward and backward pass.
+        precision: fp32, or bf16 or fp16 for the forward and backward pass.
+        gradient_checkpointing: Compute the blocks of a dit again in the backward pass, to save memory.
+        compile: Compile the network with torch.compile.
+        parallel: How the processes of torchrun share the weights: ddp holds them in each, fsdp cuts them in parts.
         network: mlp, unet or dit, with options as in mlp:width=256; dit-s/2 to dit-xl/8; diffusers:config.json or
             diffusers:FOLDER; or your own as FILE.py:FACTORY.
         prediction: What the network predicts: eps, x0, v, score, velocity or edm.
-        weight: Loss weight, such as constant, min-snr:gamma=5 or p2.
+        weight: Loss weight, such as constant, min-snr:gamma=5 or p2; uncertainty, or min-snr+uncertainty, learns one.
         density: Base density of t in place of the curriculum's.
         stratified: Spread the timesteps of a batch evenly.
         lr: Peak learning rate.
         lr_schedule: Its course after the warm-up: constant, cosine or linear.
+        lr_start: Where that course starts: at the begin, or after-curriculum, when the last stage begins.
         warmup: Iterations of linear warm-up.
         weight_decay: Of AdamW.
         clip: Greatest norm of the gradient, 0 for none.
@@ -104,7 +112,7 @@ def run(
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
     """
-    rank, where = _join_processes(device)
+    rank, where = join_processes(chosen_device(device))
     tell = functools.partial(tqdm.write, file=sys.stderr)
     dataset = load_dataset(data)
     text = chosen_text(text_encoder, dataset, tell) if text_encoder else None
@@ -118,6 +126,8 @@ def run(
         batch=batch,
         micro_batches=micro_batches,
         precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
         network=network,
         prediction=prediction,
         weight=weight,
@@ -125,6 +135,7 @@ def run(
         stratified=stratified,
         lr=lr,
         lr_schedule=lr_schedule,
+        lr_start=lr_start,
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
@@ -161,6 +172,7 @@ def run(
         cadence=cadence,
         resume=resume,
         device=where,
+        parallel=parallel,
         watch=watch,
         tell=tell,
         show=show,
@@ -182,19 +194,3 @@ def run(
     for record in trainer.sampler.log():
         print(f"  stage {record.stage + 1}: iterations {record.start} to {record.end}, {record.reason}")
     print(f"  figures: {', '.join(str(path) for path in figures if path.suffix == '.png')}")
-
-
-def _join_processes(device: str) -> tuple[int, str]:
-    """Rank of this process and its device; joins the others if torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, chosen_device(device)
-    import torch.distributed as dist
-
-    where = chosen_device(device)
-    if where == "cuda":
-        where = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(where)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), where
