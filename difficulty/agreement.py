@@ -17,6 +17,7 @@ __all__ = ["AGREEMENT_COLUMNS", "agreement_sentences", "agreement_table", "rank_
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class _Side:
         assert self.losses is not None
         return replace(self, name=f"{self.name} seed {seed}", losses=self.losses[self.losses["seed"] == seed])
 
+    @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Every measure of the folder."""
         found: dict[str, Estimate] = {}
@@ -118,12 +120,11 @@ def agreement_table(folders: Sequence[Path], measures: Sequence[str] = ("excess_
             raise InputError(f"{sides[0].name} and {side.name} are of different data; compare folders of the same data")
     rows = []
     for a, b in _pairs(sides):
-        first, second = a.estimates(), b.estimates()
         for measure in measures:
-            for side, found in ((a, first), (b, second)):
-                if measure not in found:
-                    raise InputError(f"{side.name} has no measure {measure!r}; it has {', '.join(found)}")
-            rows.append(_compare(a, b, measure, first[measure], second[measure]))
+            for side in (a, b):
+                if measure not in side.estimates:
+                    raise InputError(f"{side.name} has no measure {measure!r}; it has {', '.join(side.estimates)}")
+            rows.append(_compare(a, b, measure))
     if not rows:
         raise InputError(f"{sides[0].name} has one seed and no other folder to be compared with; give another")
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
@@ -215,12 +216,13 @@ def _pairs(sides: Sequence[_Side]) -> Iterable[tuple[_Side, _Side]]:
         yield from combinations([side.of_seed(seed) for seed in side.seeds], 2)
 
 
-def _compare(a: _Side, b: _Side, measure: str, first: Estimate, second: Estimate) -> dict[str, Any]:
+def _compare(a: _Side, b: _Side, measure: str) -> dict[str, Any]:
     """One row of the table."""
     same = a.judged_alike == b.judged_alike
     edges = None if same else _common_bins(a, b)
     values, drawn = [], []
-    for index, (side, estimate) in enumerate(((a, first), (b, second))):
+    for index, side in enumerate((a, b)):
+        estimate = side.estimates[measure]
         shares = np.eye(len(side.tasks)) if edges is None else _shares(side, edges)
         values.append(_means(shares, estimate.centre))
         drawn.append(_means(shares, estimate.replicates(REPLICATES, stream(0, index))))
@@ -232,8 +234,8 @@ def _compare(a: _Side, b: _Side, measure: str, first: Estimate, second: Estimate
     for name, correlation in (("kendall", kendall), ("spearman", spearman)):
         found = (np.nan, np.nan, np.nan)
         if both.sum() >= 3:
-            estimate_ = float(correlation(values[0][both], values[1][both]))
-            found = with_interval(estimate_, correlation(drawn[0][:, both], drawn[1][:, both]))
+            between = float(correlation(values[0][both], values[1][both]))
+            found = with_interval(between, correlation(drawn[0][:, both], drawn[1][:, both]))
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
     if np.isfinite(row["kendall"]):
         row["verdict"] = agreement_words(row["kendall_low"], row["kendall_high"])
