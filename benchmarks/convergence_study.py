@@ -225,10 +225,7 @@ def collect(scale: Scale, runs: Path) -> dict[str, pd.DataFrame]:
     folders = {cell.name: runs / cell.name for cell in cells} | {s.name: runs / f"{s.name}_probe" for s in shared}
     rankings = {name: Ranking.load(folder) for name, folder in folders.items()}
     agreement = pd.concat([*_agreements(scale, runs)], ignore_index=True)
-    samples = [
-        read_table(runs / c.name / "sample_quality.csv").assign(data=c.data, prediction=c.prediction)
-        for c in cells_with_samples(scale)
-    ]
+    samples = [_sample_rows(c, runs / c.name) for c in cells_with_samples(scale)]
     return {
         "cells": pd.DataFrame(facts),
         "tasks": pd.concat([_task_rows(name, ranking) for name, ranking in rankings.items()], ignore_index=True),
@@ -263,6 +260,13 @@ def _curve_rows(cell: str, folder: Path) -> pd.DataFrame:
     losses = read_table(folder / "losses.csv", ["task", "iteration", "excess_nats"])
     spread = losses.groupby(["task", "iteration"])["excess_nats"].agg(["mean", "min", "max"]).reset_index()
     return spread.assign(cell=cell)[["cell", "task", "iteration", "mean", "min", "max"]]
+
+
+def _sample_rows(cell: Cell, folder: Path) -> pd.DataFrame:
+    tasks = Ranking.load(folder).tasks
+    middle = [0.5 * (task.log_snr_high + float(task.log_snr_low or task.log_snr_high - 2)) for task in tasks]
+    table = read_table(folder / "sample_quality.csv", ["task"])
+    return table.assign(data=cell.data, prediction=cell.prediction, log_snr=np.array(middle)[table["task"]])
 
 
 def _agreements(scale: Scale, runs: Path) -> Iterator[pd.DataFrame]:

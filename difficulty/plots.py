@@ -5,7 +5,7 @@ with the timestep t on the opposite edge. Colours are Okabe and Ito's, told apar
 differ in marker. Every estimate carries its 90 % interval; hollow markers are flagged (censored or not valid).
 """
 
-__all__ = ["FIGURES", "PALETTE", "add_t_axis", "plot_folder", "save_figure"]
+__all__ = ["FIGURES", "PALETTE", "add_t_axis", "plot_folder", "quality_panel", "save_figure"]
 
 import io
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from difficulty.records import read_run, read_table, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -184,6 +185,27 @@ def learning_figure(folder: Path) -> "Figure":
     return figure
 
 
+def quality_panel(axes: "Axes", part: pd.DataFrame, log_snr: Array, colours: "ScalarMappable") -> None:
+    """One metric of sample_quality.csv against iterations: lines are tasks, bands span the seeds.
+
+    Args:
+        axes: to draw into.
+        part: rows of one metric.
+        log_snr: of every task, which ``colours`` maps.
+        colours: of the lines.
+    """
+    for task, rows in part.groupby("task"):
+        spread = rows.groupby("iteration")["value"].agg(["mean", "min", "max"])
+        colour = colours.to_rgba(log_snr[int(str(task))])
+        axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
+        axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
+    for column, style, label in (("shared", "--", "shared network alone"), ("perfect", ":", "perfect sampler")):
+        axes.axhline(part[column].mean(), color="black", linestyle=style, linewidth=1, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+
+
 def sample_quality_figure(folder: Path) -> "Figure":
     """Distance of samples to the data against the iterations of one expert, one line per task; bands span the seeds."""
     import matplotlib.pyplot as plt
@@ -198,19 +220,9 @@ def sample_quality_figure(folder: Path) -> "Figure":
     figure, panels = plt.subplots(1, len(names), figsize=(PAGE_WIDTH, 3.6), squeeze=False, layout="constrained")
     colours = ScalarMappable(Normalize(x.min(), x.max()), "cividis")
     for axes, name in zip(panels[0], names, strict=True):
-        part = table[table["metric"] == name]
-        for task, rows in part.groupby("task"):
-            spread = rows.groupby("iteration")["value"].agg(["mean", "min", "max"])
-            colour = colours.to_rgba(x[int(str(task))])
-            axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
-            axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
-        for column, style, label in (("shared", "--", "shared network alone"), ("perfect", ":", "perfect sampler")):
-            axes.axhline(part[column].mean(), color="black", linestyle=style, linewidth=1, label=label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        quality_panel(axes, table[table["metric"] == name], x, colours)
         axes.set_xlabel("iterations of the expert")
         axes.set_title(f"{name}  (lower is better)", fontsize=9)
-        axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("distance of samples to the data")
     panels[0, 0].legend(fontsize=7, frameon=False)
     figure.colorbar(colours, ax=list(panels[0]), label="log-SNR of the expert's task (high = clean)")
