@@ -14,7 +14,7 @@ Without an exact law floor.npy holds, per draw, the losses of the best denoiser 
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
 """
 
-__all__ = ["PROBE_COLUMNS", "Probe", "probe", "probe_estimates"]
+__all__ = ["PROBE_COLUMNS", "Probe", "Prober", "probe", "probe_estimates"]
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from torch import Tensor
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
-from difficulty.heldout import HeldOutDraws, floor_losses, heldout_draws, posterior_eps_at, wiener
+from difficulty.heldout import floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.intervals import Z90
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
@@ -82,15 +82,11 @@ def probe(
     Raises:
         InputError: if model, data, process or floor do not fit together.
     """
-    if draws < 2 or batch < 1:
-        raise InputError(f"draws must be at least 2 and batch at least 1, got {draws} and {batch}")
     model = model if isinstance(model, TrainedModel) else load_model(model)
     dataset, out = load_dataset(data), Path(out)
     chosen = _process_of(model, process)
-    cut = make_tasks(chosen, tasks, grid)
-    fixed = heldout_draws(dataset, cut, draws)
-    best = None if floor_from is None else _experts_floor(floor_from, dataset, chosen, cut, draws)
-    _evaluate(model, chosen, fixed, 0, slice(0, 1))  # refused here, before anything is written, if it does not fit
+    prober = Prober(dataset, chosen, tasks, grid, draws=draws, floor_from=floor_from, batch=batch)
+    prober.check(model)  # refused here, before anything is written, if it does not fit
     config = {
         "model": model.name,
         "data": dataset.name,
@@ -105,21 +101,14 @@ def probe(
     began = time.monotonic()
     run = start_run(out, "probe", config)
     write_process(out, chosen)
-    estimates = torch.empty_like(fixed.eps)
-    for k in range(len(cut)):
-        for start in range(0, draws, batch):
-            rows = slice(start, start + batch)
-            estimates[k, rows] = _evaluate(model, chosen, fixed, k, rows)
-        if progress is not None:
-            progress(k + 1, len(cut))
-    table, known = _table(dataset, chosen, cut, fixed, estimates, best)
+    table, known = prober(model, progress)
     write_table(out / "probe.csv", table)
     if known is not None:
         write_array(out / FLOOR_FILE, known.astype(np.float32))
     warnings = _warnings(table)
     ranking = rank_tasks(
         probe_estimates(table),
-        cut,
+        prober.tasks,
         chosen,
         dataset=dataset.fingerprint,
         grid=grid,
@@ -129,6 +118,104 @@ def probe(
     ranking.save(out / "ranking.json")
     finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
     return Probe(table, ranking, warnings)
+
+
+class Prober:
+    """Judges models on the same fixed draws, as often as wanted.
+
+    Args:
+        dataset, process: of the models.
+        tasks, grid: see ``make_tasks``.
+        draws: fixed draws per task.
+        floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
+        batch: samples at a time; changes nothing but memory and speed.
+
+    Raises:
+        InputError: if draws or batch are too small or the floor is of something else.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        process: Process,
+        tasks: int = 20,
+        grid: str = "t",
+        *,
+        draws: int = 1024,
+        floor_from: Path | None = None,
+        batch: int = 64,
+    ) -> None:
+        if draws < 2 or batch < 1:
+            raise InputError(f"draws must be at least 2 and batch at least 1, got {draws} and {batch}")
+        self.process, self.batch = process, batch
+        self.tasks = make_tasks(process, tasks, grid)
+        self.draws = heldout_draws(dataset, self.tasks, draws)
+        best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
+        flat = (self.draws.x0.flatten(0, 1), self.draws.eps.flatten(0, 1), self.draws.t.flatten())
+        linear = posterior_eps_at(wiener(dataset), process, *flat).reshape(self.draws.eps.shape)
+        self.linear = _squared(linear, self.draws.eps)
+        self.floor, self.posterior = floor_losses(dataset, process, self.draws)
+        self.floor_kind = "exact"
+        if self.posterior is None:
+            self.floor, self.floor_kind = (self.linear, "linear") if best is None else (best, "upper_bound")
+
+    def check(self, model: TrainedModel) -> None:
+        """Raise InputError unless the model maps samples of the data to their shape."""
+        self._estimate(model, 0, slice(0, 1))
+
+    def __call__(
+        self, model: TrainedModel, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[pd.DataFrame, Array | None]:
+        """probe.csv, and without an exact law the losses per draw of the best denoiser known, this model included."""
+        estimates = torch.empty_like(self.draws.eps)
+        count = estimates.shape[1]
+        for k in range(len(self.tasks)):
+            for start in range(0, count, self.batch):
+                rows = slice(start, start + self.batch)
+                estimates[k, rows] = self._estimate(model, k, rows)
+            if progress is not None:
+                progress(k + 1, len(self.tasks))
+        losses = _squared(estimates, self.draws.eps)
+        # Paired draw by draw: the noise that both share cancels.
+        excess = 0.5 * (losses - self.floor if self.posterior is None else _squared(estimates, self.posterior))
+        mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
+        gain = self.linear - losses
+        columns = {
+            "task": np.arange(len(self.tasks)),
+            "t_first": [task.first for task in self.tasks],
+            "t_last": [task.last for task in self.tasks],
+            "heldout_loss": losses.mean(1),
+            "heldout_se": losses.std(1, ddof=1) / np.sqrt(count),
+            "floor": self.floor.mean(1),
+            "floor_kind": self.floor_kind,
+            "excess_nats": mean,
+            "excess_se": se,
+            "ci_low": mean - Z90 * se,
+            "ci_high": mean + Z90 * se,
+            "linear_loss": self.linear.mean(1),
+            # Significantly worse than the linear denoiser: hardly trained here, or on other noise levels.
+            "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
+        }
+        known = None if self.posterior is not None else joint_floor([self.floor, losses])
+        return pd.DataFrame(columns, columns=list(PROBE_COLUMNS)), known
+
+    def _estimate(self, model: TrainedModel, task: int, rows: slice) -> Tensor:
+        """The model's estimate of eps at some draws of a task."""
+        x0, eps, t = self.draws.x0[task, rows], self.draws.eps[task, rows], self.draws.t[task, rows]
+        shape = (-1, *(1,) * (x0.ndim - 1))
+        tables = (torch.as_tensor(a, dtype=torch.float32) for a in (self.process.alpha, self.process.sigma))
+        alpha, sigma = (table[t].reshape(shape) for table in tables)
+        try:
+            with torch.no_grad():
+                estimate = model.eps(alpha * x0 + sigma * eps, t)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{model.name} cannot take samples of shape {tuple(x0.shape[1:])} ({reason})") from None
+        if tuple(estimate.shape) != tuple(x0.shape):
+            raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
+        return estimate
 
 
 def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
@@ -157,24 +244,6 @@ def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
     return model.process
 
 
-def _evaluate(model: TrainedModel, process: Process, draws: HeldOutDraws, task: int, rows: slice) -> Tensor:
-    """The model's estimate of eps at some draws of a task."""
-    x0, eps, t = draws.x0[task, rows], draws.eps[task, rows], draws.t[task, rows]
-    shape = (-1, *(1,) * (x0.ndim - 1))
-    alpha, sigma = (torch.as_tensor(a, dtype=torch.float32)[t].reshape(shape) for a in (process.alpha, process.sigma))
-    try:
-        with torch.no_grad():
-            estimate = model.eps(alpha * x0 + sigma * eps, t)
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{model.name} cannot take samples of shape {tuple(x0.shape[1:])} ({reason})") from None
-    if tuple(estimate.shape) != tuple(x0.shape):
-        raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
-    return estimate
-
-
 def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list[Task], draws: int) -> Array:
     """Best known loss (K, M) of a measurement on the same draws."""
     if dataset.law is not None:
@@ -190,43 +259,6 @@ def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list
     if best.shape[1] != draws:
         raise InputError(f"{folder} was measured on {best.shape[1]} draws per task; probe with as many, not {draws}")
     return best
-
-
-def _table(
-    dataset: Dataset, process: Process, tasks: list[Task], draws: HeldOutDraws, estimates: Tensor, best: Array | None
-) -> tuple[pd.DataFrame, Array | None]:
-    """probe.csv, and without an exact law the losses per draw of the best denoiser known, this model included."""
-    count = draws.t.shape[1]
-    losses = _squared(estimates, draws.eps)
-    flat = (draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
-    linear_losses = _squared(posterior_eps_at(wiener(dataset), process, *flat).reshape(draws.eps.shape), draws.eps)
-    floor, posterior = floor_losses(dataset, process, draws)
-    kind = "exact"
-    if posterior is None:
-        floor, kind = (linear_losses, "linear") if best is None else (best, "upper_bound")
-    # Paired draw by draw: the noise that both share cancels.
-    excess = 0.5 * (losses - floor if posterior is None else _squared(estimates, posterior))
-    mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
-    gain = linear_losses - losses
-    table = pd.DataFrame(
-        {
-            "task": np.arange(len(tasks)),
-            "t_first": [task.first for task in tasks],
-            "t_last": [task.last for task in tasks],
-            "heldout_loss": losses.mean(1),
-            "heldout_se": losses.std(1, ddof=1) / np.sqrt(count),
-            "floor": floor.mean(1),
-            "floor_kind": kind,
-            "excess_nats": mean,
-            "excess_se": se,
-            "ci_low": mean - Z90 * se,
-            "ci_high": mean + Z90 * se,
-            "linear_loss": linear_losses.mean(1),
-            # Significantly worse than the linear denoiser: hardly trained here, or on other noise levels.
-            "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
-        }
-    )
-    return table, None if posterior is not None else joint_floor([floor, losses])
 
 
 def _squared(estimates: Tensor, goal: Tensor) -> Array:

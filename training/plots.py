@@ -199,6 +199,32 @@ def loss_heat_map(folder: Path) -> "Figure":
     return figure
 
 
+def probe_curves(folder: Path) -> "Figure":
+    """Excess of every task over training with its interval over draws; log-SNR falls from task to task."""
+    table = read_table(folder / "probe.csv", ("step", "task", "excess_nats", "excess_se", "floor_kind"))
+    figure, (ax,) = _figure(3.8)
+    tasks = int(table["task"].max()) + 1
+    import matplotlib.pyplot as plt
+
+    colours = plt.get_cmap("cividis_r")
+    for task, rows in table.groupby("task"):
+        colour = colours(int(str(task)) / max(tasks - 1, 1))
+        value, half = rows["excess_nats"], 1.645 * rows["excess_se"]
+        shown = value > 0  # a model may be better than a floor that is only the best known
+        ax.plot(rows["step"][shown], value[shown], color=colour, lw=1.3)
+        low = (value - half).where(value > half, value)
+        ax.fill_between(rows["step"], low, value + half, where=shown, color=colour, alpha=0.2, lw=0)
+    ax.set_yscale("log")
+    ax.set_xlabel("iteration")
+    floor = {"exact": "Bayes loss", "upper_bound": "best known loss", "linear": "loss of a linear denoiser"}
+    ax.set_ylabel(f"excess over the {floor[table['floor_kind'].iloc[0]]}\n[nats per unit log-SNR]", fontsize=9)
+    ax.grid(alpha=0.3)
+    mappable = plt.cm.ScalarMappable(plt.Normalize(0, tasks - 1), colours)
+    figure.colorbar(mappable, ax=ax, label="task (0 cleanest)")
+    figure.suptitle("Probe of the averaged weights over training; bands are 90 % intervals over draws", fontsize=9)
+    return figure
+
+
 def coverage(folder: Path) -> "Figure":
     """How often each t was drawn against how often the densities of the stages ask for it, in equal parts of t."""
     table = read_table(folder / "coverage.csv", ("t", "log_snr", "samples", "expected"))
@@ -322,6 +348,7 @@ RUN_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
     "curve": run_curve,
     "loss_heat_map": loss_heat_map,
     "stages": stage_timeline,
+    "probe": probe_curves,
     "coverage": coverage,
     "samples": samples_over_time,
 }
@@ -345,6 +372,8 @@ def draw_folder(folder: Path) -> list[Path]:
     matplotlib.use("Agg", force=False)
     paths = []
     for name, draw in kinds[kind].items():
+        if name == "probe" and not (folder / "probe.csv").exists():  # only written when asked for
+            continue
         figure = draw(folder)
         for suffix in ("png", "svg"):
             buffer = io.BytesIO()

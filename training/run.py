@@ -4,6 +4,7 @@ run.json          settings, fingerprints of data and process, versions, status
 curriculum.json   if there is one
 losses.csv        step, samples, stage, task, nats_per_log_snr, loss: held-out, per task, averaged weights
 curve.csv         step, samples, stage, train_loss, lr, nats, loss
+probe.csv         if asked for, see `probing.py`
 stages.csv        stage, start, end, reason, samples_per_task
 coverage.csv      t, log_snr, samples, expected: how often each t was drawn, and how often its densities ask for
 samples/          grids over training

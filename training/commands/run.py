@@ -23,6 +23,7 @@ from training.latents import Autoencoder, latent_dataset
 from training.parallel import join_processes
 from training.plan import TrainPlan
 from training.plots import draw_folder, save_grid
+from training.probing import ProbeLog
 from training.run import Cadence, train
 from training.trainer import Trainer
 
@@ -60,6 +61,8 @@ def run(
     evaluate_every: int = 100,
     checkpoint_every: int = 200,
     sample_every: int = 500,
+    probe_every: int = 0,
+    floor_from: Path | None = None,
     keep: int = 3,
     resume: Literal["auto", "never"] = "auto",
     tensorboard: bool = False,
@@ -106,6 +109,9 @@ def run(
         evaluate_every: Iterations between held-out losses, 0 for the end only.
         checkpoint_every: Iterations between checkpoints, 0 for the end only.
         sample_every: Iterations between sample grids, 0 for the end only.
+        probe_every: Iterations between probes: excess over the best known loss per task, as `difficulty probe`; 0 for
+            no probe.
+        floor_from: Folder of `difficulty measure` on the same data, process and 20 tasks, for the probe.
         keep: Checkpoints that stay.
         resume: auto continues a run of the same settings in the folder, never refuses one.
         tensorboard: Also write events for `tensorboard --logdir`, in the folder's tensorboard/.
@@ -145,6 +151,7 @@ def run(
         seed=seed,
     )
     cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
+    probe = ProbeLog(dataset, forward, plan, out, probe_every, floor_from) if probe_every and rank == 0 else None
     events = EventLog(out / "tensorboard") if tensorboard and rank == 0 else None
     bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or rank > 0 or None)
 
@@ -152,6 +159,8 @@ def run(
         bar.update(trainer.done - bar.n)
         if events:
             events.iteration(trainer, loss)
+        if probe:
+            probe(trainer)
         if trainer.done % 50 == 0:
             bar.set_postfix_str(
                 f"stage {trainer.sampler.stage + 1}/{trainer.sampler.stages}, loss {loss:.4f}", refresh=False
