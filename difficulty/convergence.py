@@ -136,6 +136,20 @@ class LearningCurves:
         return cls(iterations, column("heldout_loss"), column("excess_nats"), column("excess_se"), zero_excess)
 
     @property
+    def resolution(self) -> Array:
+        """Standard error below which an excess says nothing, (S, K, C).
+
+        A point that is itself the best known has no paired error at all, and is no better known for that than the other
+        points of its task: it is given their median.
+        """
+        tasks = len(self.zero_excess)
+        others = np.where(self.excess_se > 0, self.excess_se, np.nan).transpose(1, 0, 2).reshape(tasks, -1)
+        known = np.isfinite(others).any(1)
+        median = np.full(tasks, np.finfo(np.float64).tiny)
+        median[known] = np.nanmedian(others[known], axis=1)
+        return np.where(self.excess_se > 0, self.excess_se, median[:, None])
+
+    @property
     def diverged(self) -> npt.NDArray[np.bool_]:
         """Tasks (K,) of which a seed's loss is NaN or infinite."""
         return np.asarray(~np.isfinite(self.loss).all((0, 2)))
@@ -168,22 +182,22 @@ class SeedValues:
 
 def _resolvable(curves: LearningCurves) -> Array:
     """Excess, no lower than its own standard error: below it its logarithm is noise."""
-    return np.maximum(curves.excess, np.maximum(curves.excess_se, np.finfo(np.float64).tiny))
+    return np.maximum(curves.excess, curves.resolution)
 
 
 def excess_nats(curves: LearningCurves) -> SeedValues:
     """Excess over the floor at the budget."""
     final = _resolvable(curves)[..., -1]
-    unresolved = np.asarray((curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0))
-    relative = (curves.excess_se[..., -1] / final).mean(0)
+    unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
+    relative = (curves.resolution[..., -1] / final).mean(0)
     return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR")
 
 
 def log_regret(curves: LearningCurves) -> SeedValues:
     """Mean log excess over the log-spaced checkpoints from the first after 0 to the budget."""
     excess = _resolvable(curves)[..., 1:]
-    relative = (curves.excess_se[..., 1:] / excess).mean((0, 2))
-    unresolved = np.asarray((curves.excess[..., -1] <= curves.excess_se[..., -1]).any(0))
+    relative = (curves.resolution[..., 1:] / excess).mean((0, 2))
+    unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
     return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR")
 
 

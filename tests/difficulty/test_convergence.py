@@ -53,6 +53,17 @@ def test_a_diverged_expert_has_no_value_and_is_censored():
         assert not np.isnan(value(table, definition, 0))
 
 
+def test_an_expert_that_is_itself_the_best_known_is_not_taken_for_infinitely_good():
+    losses = losses_of([lambda i: 0.01 + np.exp(-i / 100)])
+    losses["excess_se"] = 0.002
+    rows = (losses["seed"] == 1) & (losses["iteration"] == BUDGET)
+    losses.loc[rows, ["excess_nats", "excess_se"]] = 0.0  # paired with itself
+    table = convergence_table(losses, BUDGET)
+    np.testing.assert_allclose(value(table, "excess_nats"), (0.01 * 0.01 * 0.002) ** (1 / 3), rtol=0.01)
+    assert value(table, "excess_nats", column="censored")
+    assert value(table, "log_regret") > np.log(0.005)
+
+
 def test_a_stuck_expert_never_looks_fast():
     stuck = lambda i: 1.0 - 0.005 * (i > 15)  # noqa: E731 - falls by half a percent at once and stays
     table = convergence_table(losses_of([exponential(300), stuck]), BUDGET)
