@@ -5,14 +5,23 @@ be used as given: the message on stderr is one sentence and nothing was half-wri
 exception is a defect of ours and keeps its traceback.
 """
 
-__all__ = ["run_cli"]
+__all__ = ["given_command", "run_cli"]
 
+import contextvars
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from difficulty.errors import InputError
+
+_given: contextvars.ContextVar[str | None] = contextvars.ContextVar("given_command", default=None)
+
+
+def given_command() -> str | None:
+    """The command line that is being carried out, as one would type it; None if the packages are used from Python."""
+    return _given.get()
 
 
 def run_cli(
@@ -31,6 +40,7 @@ def run_cli(
     """
     import tyro
 
+    token = _given.set(shlex.join([prog, *(sys.argv[1:] if args is None else args)]))
     try:
         result = tyro.extras.subcommand_cli_from_dict(subcommands, prog=prog, description=description, args=args)
     except InputError as error:
@@ -41,4 +51,6 @@ def run_cli(
         print(f"\n{prog}: interrupted; what was finished is on disk, the same command continues or repeats it",
               file=sys.stderr)
         return 130
+    finally:
+        _given.reset(token)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0

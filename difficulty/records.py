@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from difficulty.commandline import given_command
 from difficulty.errors import InputError
 
 # Read back with every digit: the shortest text that gives the same float64 is at most 17 significant digits.
@@ -151,6 +152,8 @@ def fingerprint_array(array: npt.NDArray[Any]) -> dict[str, Any]:
 def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
     """Open a results folder: write ``run.json`` with status "running" and return its content.
 
+    It holds the command line that was given, which given again repeats the result.
+
     Args:
         folder: created if missing.
         kind: which command writes it, e.g. "measure".
@@ -172,6 +175,7 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
     run = {
         "format": RUN_FORMAT,
         "kind": kind,
+        "command": given_command(),
         "status": "running",
         "config": config,
         "versions": _versions(),

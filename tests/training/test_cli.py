@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -111,3 +113,32 @@ def test_module_and_console_command_are_one(tmp_path):
 def test_importing_the_package_imports_no_plotting_library(tmp_path):
     code = "import sys, training; sys.exit(any(name in sys.modules for name in ('matplotlib', 'seaborn', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_command_in_run_json_reproduces_the_run_bit_for_bit(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    curriculum = tmp_path / "a curriculum.json"
+    assert call("cluster", tmp_path, "-k", "3", "-o", curriculum)[0] == 0
+    options = ["--weight", "min-snr+uncertainty", "--lr-start", "after-curriculum", "--seed", "3", "--stratified"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, _, err = call("run", DATA, "--curriculum", curriculum, "--out", first, "--steps", "30", *SMALL, *options)
+    assert code == 0, err
+    program, *args = shlex.split(json.loads((first / "run.json").read_text())["command"])
+    assert program == "training"
+    assert call(*[str(second) if arg == str(first) else arg for arg in args])[0] == 0
+    for name in ("checkpoints/step-00000030/ema.safetensors", "losses.csv", "stages.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_data_set_that_vanished_costs_one_sentence_and_leaves_the_last_good_state(call, tmp_path):
+    data, out = tmp_path / "data.npy", tmp_path / "run"
+    np.save(data, np.random.default_rng(0).standard_normal((50, 4), dtype=np.float32))
+    command = ("run", data, "--out", out, "--steps", "20", *SMALL, "--checkpoint-every", "10")
+    assert call(*command)[0] == 0
+    shutil.rmtree(out / "checkpoints" / "step-00000020")  # as if it had been killed after the tenth step
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
+    data.unlink()
+    code, _, err = call(*command)
+    assert code == 2
+    assert "data.npy does not exist" in err
+    assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before

@@ -1,5 +1,6 @@
 """A run in a folder: killed at any moment and continued, it ends as if nothing had happened."""
 
+import errno
 import json
 import os
 import subprocess
@@ -212,3 +213,25 @@ def test_task_that_was_never_trained_is_said(gaussian, process, staged, tmp_path
     told.clear()
     train(gaussian, process, PLAN, tmp_path / "long", staged, cadence=CADENCE, tell=told.append)
     assert not told
+
+
+def test_disk_that_fills_up_costs_one_sentence_and_the_run_goes_on_once_there_is_room(
+    gaussian, process, staged, tmp_path, monkeypatch
+):
+    train(gaussian, process, PLAN, tmp_path / "whole", staged, cadence=CADENCE)
+    room, fsync = [40], os.fsync
+
+    def limited(handle):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", limited)
+    with pytest.raises(InputError, match="No space left on device"):
+        train(gaussian, process, PLAN, tmp_path / "full", staged, cadence=CADENCE)
+    denoiser, _ = restore(tmp_path / "full")
+    assert all(torch.isfinite(weight).all() for weight in denoiser.parameters())
+    monkeypatch.undo()
+    train(gaussian, process, PLAN, tmp_path / "full", staged, cadence=CADENCE)
+    assert _result(tmp_path / "whole") == _result(tmp_path / "full")

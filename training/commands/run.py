@@ -4,7 +4,6 @@ __all__ = ["run"]
 
 import functools
 import json as jsonlib
-import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
-from difficulty.records import write_bytes
 from training.commands.arguments import Text, chosen_device, chosen_process, chosen_tasks
 from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum
@@ -192,7 +190,6 @@ def run(
         events.close()
     if rank > 0:
         return
-    write_bytes(out / "command.txt", (shlex.join(["training", *sys.argv[1:]]) + "\n").encode())
     figures = draw_folder(out)
     tasks = HeldOut(dataset, forward, chosen_tasks(chosen, forward), conditioning=trainer.conditioning)
     measured = tasks.evaluate(trainer.ema)
