@@ -42,7 +42,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(RUN)
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(RUN)
-	$(INSTALL) -e ".[test,diffusers,text]"
+	$(INSTALL) -e ".[test,diffusers,text,hub]"
 	touch $@ $(VENV)/.core
 
 $(VENV)/.notebooks: pyproject.toml constraints.txt | $(RUN)

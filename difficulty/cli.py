@@ -68,7 +68,7 @@ def measure(
     An interrupted measurement goes on where it stopped when the same command is given again.
 
     Args:
-        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write.
         process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
         tasks: number of tasks.
@@ -142,7 +142,7 @@ def probe(
     Args:
         model: a training run's folder, a denoiser.safetensors, a diffusers folder with its scheduler, or
             FILE.py:FUNCTION with FUNCTION(x_t, t) -> eps.
-        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write.
         process: needed only for FILE.py:FUNCTION.
         tasks: number of tasks.
@@ -294,7 +294,7 @@ def kl(
     Example: difficulty kl digits --process vp-linear --out runs/digits-kl
 
     Args:
-        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write: run.json, relative_entropy.csv, figures/.
         process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
         estimator: auto, exact (built-in laws only), gaussian, mixture or empirical.
@@ -334,7 +334,7 @@ def profile(
     Example: difficulty profile digits --for-process vp-linear edm --out runs/digits-profile
 
     Args:
-        data: built-in name (see `difficulty datasets`), array file, image folder, or hf:NAME.
+        data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write: run.json, profile.csv, recommendation.json, kl-NAME.csv per process, figures/.
         for_process: processes whose relative entropies are derived from the profile.
         experts: number of experts in the advice on boundaries.

@@ -10,6 +10,7 @@ Exact laws (``law`` is set) are sampled: their train and held-out parts are inde
 __all__ = ["DATASETS", "Dataset", "load_dataset"]
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from difficulty.errors import InputError
+from difficulty.large import Large, Rows, open_large
 from difficulty.laws import GaussianMixture, Law, Ring
 from difficulty.laws import gaussian as gaussian_law
 from difficulty.records import fingerprint_array
@@ -29,6 +31,8 @@ from difficulty.specs import build, parse_spec
 SPLIT_SEED = 20240314  # the same split in every run, whatever the run's own seed
 HELDOUT_SHARE = 0.2
 LEAST_SAMPLES = 20
+MOST_HELDOUT = 5000  # of data that are read by number
+RESIDENT_BYTES = 2**30
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
@@ -47,6 +51,7 @@ class Dataset:
         unseen_captions: captions that no sample has, each with the class that it names, to ask a model for.
         law: the exact law that the samples were drawn from, if known; its points are the flattened samples.
         value_range: (low, high) of image values, None for vectors; for latents that of the images they stand for.
+        large: all train samples, if they do not fit in memory; ``train`` and what belongs to it are some of them.
         latents: how the samples were made of images, if they are latents of an autoencoder.
     """
 
@@ -60,6 +65,7 @@ class Dataset:
     unseen_captions: tuple[tuple[str, int], ...] = ()
     law: Law | None = None
     value_range: tuple[float, float] | None = None
+    large: Large | None = None
     latents: Mapping[str, Any] | None = None
 
     @property
@@ -75,20 +81,35 @@ class Dataset:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Shapes, split and hash of the samples."""
-        return {
+        found = {
             "name": self.name,
             "train": fingerprint_array(self.train.numpy()),
             "heldout": fingerprint_array(self.heldout.numpy()),
             "exact_law": type(self.law).__name__ if self.law else None,
         }
+        if self.large is not None:
+            found["large"] = {"samples": len(self.large), "sha256": self.large.rows.fingerprint}
+        return found
+
+    @property
+    def trained_labels(self) -> torch.Tensor | None:
+        """Class of each sample to train on, in memory or not."""
+        return self.labels if self.large is None else self.large.labels
+
+    @property
+    def trained_captions(self) -> tuple[str, ...] | None:
+        """Caption of each sample to train on, in memory or not."""
+        return self.captions if self.large is None else self.large.captions
 
 
-def load_dataset(spec: "str | Path | Dataset") -> Dataset:
-    """A data set by built-in name with options, by path, or as ``hf:NAME``; a ``Dataset`` is passed through.
+def load_dataset(spec: "str | Path | Dataset", resident: int | None = None) -> Dataset:
+    """A data set by built-in name with options, by path, as ``hf:NAME`` or ``wds:PATTERN``; a ``Dataset`` as it is.
 
     Args:
         spec: a name in ``DATASETS`` (``gaussian:dim=64,var=0.25``); a .npy, .npz, .pt or .safetensors file whose first
-            axis counts samples; a folder of images; or ``hf:NAME`` of the `datasets` library.
+            axis counts samples; a folder of images; or ``hf:NAME`` or ``wds:PATTERN``, see `large.py`.
+        resident: train samples of the latter two that are kept in memory; by default as many as fill a gibibyte. If
+            there are more, ``large`` has all of them.
 
     Raises:
         InputError: if the name is unknown or the data cannot be used.
@@ -96,8 +117,9 @@ def load_dataset(spec: "str | Path | Dataset") -> Dataset:
     if isinstance(spec, Dataset):
         return spec
     text = str(spec)
-    if text.startswith("hf:"):
-        return _from_hub(text)
+    rows = open_large(text)
+    if rows is not None:
+        return _from_large(text, rows, resident)
     path = Path(text).expanduser()
     if parse_spec(text)[0] not in DATASETS if ":" in text else text not in DATASETS:
         if path.is_dir():
@@ -413,24 +435,26 @@ def _captions(path: Path, files: list[Path]) -> list[str] | None:
     return [texts[name] for name in names]
 
 
-def _from_hub(spec: str) -> Dataset:
-    """The train split of a data set of the `datasets` library: its first image column, scaled to [-1, 1]."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"{spec} needs the `datasets` library; install denoising-difficulty[hub]") from None
-    name = spec.removeprefix("hf:")
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library raises many kinds, down to connection errors
-        raise InputError(f"cannot load {spec} ({str(error).splitlines()[0]})") from None
-    columns = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        raise InputError(f"{spec} has no image column; its columns are {', '.join(table.features)}")
-    images = [np.asarray(image.convert("RGB")) for image in table[columns[0]]]
-    if len({image.shape for image in images}) != 1:
-        raise InputError(f"{spec} has images of different sizes; resize them to one size")
-    labels = np.asarray(table["label"]) if "label" in table.features else None
-    captions = table["text"] if "text" in table.features else None
-    stacked = np.stack(images).astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
-    return split_samples(spec, stacked, labels=labels, captions=captions, value_range=(-1.0, 1.0))
+def _from_large(name: str, rows: Rows, resident: int | None) -> Dataset:
+    """Split samples that are read by number; the split depends on how many there are."""
+    if len(rows) < LEAST_SAMPLES:
+        raise InputError(f"{name} has {len(rows)} samples; at least {LEAST_SAMPLES} are needed")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+    held = min(round(HELDOUT_SHARE * len(rows)), MOST_HELDOUT)
+    shape = rows[0].shape
+    if len(shape) not in (1, 3) or 0 in shape:
+        raise InputError(f"{name} has samples of shape {shape}; needed are vectors (D,) or images (C, H, W)")
+    train, heldout = Large(rows, order[held:], shape), Large(rows, order[:held], shape)
+    most = RESIDENT_BYTES // (4 * max(math.prod(shape), 1)) if resident is None else resident
+    kept = Large(rows, train.order[: max(most, LEAST_SAMPLES)], shape)
+    return Dataset(
+        name,
+        kept.read(range(len(kept))),
+        heldout.read(range(len(heldout))),
+        labels=kept.labels,
+        heldout_labels=heldout.labels,
+        captions=kept.captions,
+        heldout_captions=heldout.captions,
+        value_range=rows.value_range,
+        large=train if len(kept) < len(train) else None,
+    )

@@ -21,6 +21,7 @@ from difficulty.engines import Block
 from difficulty.prediction import from_x0_eps
 from difficulty.randomness import integers, normal
 from training.plan import TrainPlan
+from training.sources import Resident
 from training.streams import BATCH, NOISE
 from training.trainer import Diverged, Trainer, ema_share
 from training.uncertainty import split_weight
@@ -62,8 +63,8 @@ def can_be_stacked(plan: TrainPlan) -> bool:
 
 def train_together(trainers: Sequence[Trainer]) -> RunsTogether:
     """The sibling that is faster for these runs."""
-    together = len(trainers) > 1 and all(can_be_stacked(trainer.plan) for trainer in trainers)
-    return Stacked(trainers) if together else OneByOne(trainers)
+    runs = [can_be_stacked(trainer.plan) and isinstance(trainer.source, Resident) for trainer in trainers]
+    return Stacked(trainers) if len(trainers) > 1 and all(runs) else OneByOne(trainers)
 
 
 class OneByOne:
@@ -119,6 +120,8 @@ class Stacked:
         self.optimizer = torch.optim.AdamW(
             self.current, lr=self.plan.lr, weight_decay=self.plan.weight_decay, fused=True
         )
+        assert isinstance(trainers[0].source, Resident)
+        self.samples = trainers[0].source.samples
         self.seeds = sorted({trainer.plan.seed for trainer in trainers})
         self.seed_of_run = torch.tensor([self.seeds.index(trainer.plan.seed) for trainer in trainers])
         self.loss_weight = torch.stack([trainer.loss_weight for trainer in trainers])
@@ -126,7 +129,7 @@ class Stacked:
 
     def step(self) -> None:
         """See ``RunsTogether``."""
-        plan, step, samples = self.plan, self.trainers[0].done, self.trainers[0].samples
+        plan, step, samples = self.plan, self.trainers[0].done, self.samples
         rows = [integers(len(samples), plan.batch, seed, BATCH, step, 0) for seed in self.seeds]
         noise = [normal((plan.batch, *samples.shape[1:]), seed, NOISE, step, 0) for seed in self.seeds]
         x0 = torch.stack([samples[chosen.to(samples.device)] for chosen in rows])[self.seed_of_run]

@@ -248,8 +248,10 @@ class Classes(Conditioning):
     def __init__(self, data: Dataset, text: TextTable | None = None) -> None:
         if data.labels is None or data.heldout_labels is None:
             raise InputError(f"data set {data.name!r} has no labels; train without conditioning")
-        self.labels, self.heldout_labels = data.labels, data.heldout_labels
-        self.classes = int(data.labels.max()) + 1
+        labels = data.trained_labels
+        assert labels is not None
+        self.labels, self.heldout_labels = labels, data.heldout_labels
+        self.classes = int(labels.max()) + 1
         self.facts = {"kind": "class", "network": {"classes": self.classes}}
 
     def train(self, rows: Tensor, dropped: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class Captions(Conditioning):
         if text is None:
             raise InputError("captions need a text encoder; name one with --text-encoder")
         self.text = text
-        self.rows, self.heldout_rows = text.rows(data.captions), text.rows(data.heldout_captions)
+        self.rows, self.heldout_rows = text.rows(data.trained_captions or ()), text.rows(data.heldout_captions)
         self.facts = {
             "kind": "text",
             "network": {"width": text.text.pooled.shape[1], "null_tokens": text.text.tokens.shape[1]},

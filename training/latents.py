@@ -29,6 +29,7 @@ from training.pretrained import find_part, fingerprint_folders, first_line, root
 from training.streams import LATENTS
 
 CHUNK = 32  # images per forward pass
+BLOCK = 32 * CHUNK  # images read at a time where they do not fit in memory
 PART = "vae"
 MOST = 1.01  # images in [-1, 1], with room for rounding
 POSTERIORS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of mean, deviation and standard normal noise
@@ -81,20 +82,21 @@ class Autoencoder:
         return float(self.model.config.shift_factor or 0.0)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, posterior: str, part: int = 0) -> Tensor:
+    def encode(self, images: Tensor, posterior: str, part: int = 0, first: int = 0) -> Tensor:
         """Scaled latents (n, c, h, w) of images (n, C, H, W) in [-1, 1].
 
         Args:
             images: float32.
             posterior: a name in ``POSTERIORS``.
             part: tells the noise of train and held-out images apart.
+            first: number of the first image among all, a multiple of ``CHUNK``.
 
         Raises:
             InputError: if the autoencoder cannot take images of this shape.
         """
         pick = choose("posterior", posterior, POSTERIORS)
         latents = []
-        for number, chunk in enumerate(images.split(CHUNK)):
+        for number, chunk in enumerate(images.split(CHUNK), first // CHUNK):
             try:
                 found = self.model.encode(chunk.to(self.device)).latent_dist
             except RuntimeError as error:
@@ -114,7 +116,7 @@ class Autoencoder:
 def latent_dataset(
     data: Dataset, autoencoder: Autoencoder, posterior: str, tell: Callable[[str], None] = lambda message: None
 ) -> Dataset:
-    """A data set of images as scaled latents, from the cache or encoded and cached.
+    """A data set of images as scaled latents in memory, from the cache or encoded and cached.
 
     Args:
         data: images in [-1, 1].
@@ -134,7 +136,13 @@ def latent_dataset(
         raise InputError(f"an autoencoder takes images in [-1, 1], {data.name!r} has values up to {extreme:g} in size")
 
     def compute() -> dict[str, Tensor]:
-        found = {"train": autoencoder.encode(data.train, posterior, 0)}
+        large = data.large
+        if large is None:
+            found = {"train": autoencoder.encode(data.train, posterior, 0)}
+        else:
+            blocks = (range(first, min(first + BLOCK, len(large))) for first in range(0, len(large), BLOCK))
+            parts = [autoencoder.encode(large.read(block), posterior, 0, block.start) for block in blocks]
+            found = {"train": torch.cat(parts)}
         found["heldout"] = autoencoder.encode(data.heldout, posterior, 1)
         if not all(torch.isfinite(latents).all() for latents in found.values()):
             raise InputError(f"latents of {autoencoder.spec} are not finite; it may need another precision")
@@ -152,7 +160,16 @@ def latent_dataset(
     facts = made | {"data": data.fingerprint}
     found = cached_tensors("latents", facts, compute, tell)
     latents = made | {"spec": autoencoder.spec}
-    return replace(data, train=found["train"], heldout=found["heldout"], law=None, latents=latents)
+    return replace(
+        data,
+        train=found["train"],
+        heldout=found["heldout"],
+        labels=data.trained_labels,
+        captions=data.trained_captions,
+        large=None,
+        law=None,
+        latents=latents,
+    )
 
 
 def autoencoder_of(latents: Mapping[str, Any], moved: str | None = None, device: str = "cpu") -> Autoencoder:

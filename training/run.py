@@ -30,6 +30,7 @@ import torch.distributed as dist
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
+from difficulty.large import DataLost
 from difficulty.models import DENOISER_FILE, save_denoiser
 from difficulty.networks import build_network
 from difficulty.process import Process
@@ -109,8 +110,8 @@ def train(
         judged: called with the trainer and its held-out losses after every evaluation.
 
     Raises:
-        InputError: if the folder holds another run, or the loss diverged (``Diverged``): then the last good state is
-            kept as a checkpoint.
+        InputError: if the folder holds another run, the loss diverged (``Diverged``), or data are gone (``DataLost``):
+            then the last good state is kept as a checkpoint.
     """
     cadence = cadence or Cadence()
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -133,11 +134,14 @@ def train(
     while trainer.done < plan.steps:
         try:
             loss = trainer.step()
-        except Diverged as error:
-            good = trainer.state_dict()
-            if rank == 0:
+        except (Diverged, DataLost) as error:
+            # All processes see that the loss diverged; data may be lost to one alone, and saving needs all of them.
+            alone = world > 1 and isinstance(error, DataLost)
+            good = None if alone else trainer.state_dict()
+            if rank == 0 and good is not None:
                 save_checkpoint(out / "checkpoints", good | {"log": log}, cadence.keep)
-            raise Diverged(f"{error}; the last good state is checkpoint {trainer.done} in {out}") from None
+            kept = "the last checkpoint" if alone else f"checkpoint {trainer.done}"
+            raise type(error)(f"{error}; the last good state is {kept} in {out}") from None
         trainer.report_heldout(heldout)
         if watch and rank == 0:
             watch(trainer, float(loss))

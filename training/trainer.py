@@ -30,6 +30,7 @@ from training.curriculum import Curriculum
 from training.heldout import HeldOut, eval_losses
 from training.parallel import Sharded, make_parallel, moments
 from training.plan import PRECISIONS, TrainPlan
+from training.sources import source_of
 from training.streams import BATCH, FORWARD, LABELS, NOISE
 from training.text import TextTable
 from training.timesteps import TimestepSampler
@@ -86,7 +87,7 @@ class Trainer:
         self.rank, self.world = rank, world
         self.data, self.process, self.plan, self.device = data, process, plan, torch.device(device)
         _check_abilities(plan, self.device, parallel if world > 1 else "ddp")
-        self.samples = data.train.to(self.device)
+        self.source = source_of(data, self.rows_of, plan.steps, self.device)
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
         # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
@@ -134,13 +135,12 @@ class Trainer:
 
         Raises:
             Diverged: if the loss is not finite; weights, average and optimizer are as before the step.
+            DataLost: if samples can no longer be read; likewise.
         """
-        plan, step = self.plan, self.done
+        plan, step, mine = self.plan, self.done, self._mine
         share = plan.batch // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        # Every process draws the whole batch and takes its part, so that any number of them trains as one would.
-        rows = integers(len(self.samples), plan.batch, plan.seed, BATCH, step, 0)[mine]
-        x0 = self.samples[rows.to(self.device)]
+        rows = self.rows_of(step)
+        x0 = self.source.read(step, rows)
         eps = normal((plan.batch, *x0.shape[1:]), plan.seed, NOISE, step, 0)[mine].to(self.device)
         t, weight = self.sampler.sample(share, step=step, rank=self.rank, world=self.world, device=self.device)
         condition = self._condition(rows, step, mine)
@@ -202,6 +202,17 @@ class Trainer:
         self.scaler.update()
         if self.scaler.get_scale() < LEAST_SCALE:
             raise Diverged(f"the gradients overflow fp16 at step {self.done} however they are scaled; use bf16 or fp32")
+
+    @property
+    def _mine(self) -> slice:
+        """This process's part of a batch."""
+        share = self.plan.batch // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def rows_of(self, step: int) -> Tensor:
+        """Numbers of the train samples that this process has in a step, (batch / world,)."""
+        # Every process draws the whole batch and takes its part, so that any number of them trains as one would.
+        return integers(len(self.source), self.plan.batch, self.plan.seed, BATCH, step, 0)[self._mine]
 
     def divergence(self, loss: float, step: int) -> str:
         """What to say when a loss is not finite."""

@@ -162,7 +162,7 @@ def test_arm_that_diverges_is_named_and_finished_runs_are_kept(gaussian, process
 
     def poisoned(trainer):
         if trainer.plan.weight == "p2" and trainer.done == 5:
-            trainer.samples = torch.full_like(trainer.samples, float("nan"))
+            trainer.source.samples = torch.full_like(trainer.source.samples, float("nan"))
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "step", poisoned)

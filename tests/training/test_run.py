@@ -141,7 +141,7 @@ def test_damaged_last_checkpoint_is_passed_over_with_a_message_and_changes_nothi
 def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian, process, tmp_path):
     def poison(trainer, loss):
         if trainer.done == 12:
-            trainer.samples = torch.full_like(trainer.samples, float("nan"))
+            trainer.source.samples = torch.full_like(trainer.source.samples, float("nan"))
 
     with pytest.raises(Diverged, match=r"the loss became nan at step 12.* the last good state is checkpoint 12"):
         train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, watch=poison)

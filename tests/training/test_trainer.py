@@ -118,7 +118,7 @@ def test_learning_rate_warms_up_and_ends_at_zero_unless_constant():
 def test_nan_in_the_data_of_a_step_stops_before_the_weights_change(gaussian, process):
     trainer, _ = _train(gaussian, process, PLAN)
     before = [w.clone() for w in _weights(trainer)]
-    trainer.samples = torch.full_like(trainer.samples, float("nan"))
+    trainer.source.samples = torch.full_like(trainer.source.samples, float("nan"))
     with pytest.raises(Diverged, match="the loss became nan at step 40"):
         trainer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))

@@ -150,9 +150,9 @@ def sentences(obeyed: pd.DataFrame) -> list[str]:
 
 
 def _table(encoder: TextEncoder, data: Dataset, tell: Tell = lambda message: None) -> TextTable:
-    if data.captions is None or data.heldout_captions is None:
+    if data.trained_captions is None or data.heldout_captions is None:
         raise InputError(f"data set {data.name!r} has no captions; give a folder with a metadata.jsonl")
-    return encoder.table([*data.captions, *data.heldout_captions], tell)
+    return encoder.table([*data.trained_captions, *data.heldout_captions], tell)
 
 
 def _encoder(folder: Path, facts: dict[str, Any], moved: str | None) -> TextEncoder:

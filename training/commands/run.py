@@ -30,6 +30,7 @@ def run(
     data: Text,
     out: Path,
     curriculum: str = "none",
+    resident: int | None = None,
     process: str | None = None,
     steps: int = 2000,
     batch: int = 128,
@@ -73,9 +74,11 @@ def run(
     On several devices: torchrun --nproc-per-node 4 -m training run ...
 
     Args:
-        data: Built-in data set, array file, or folder of images.
+        data: Built-in data set, array file, folder of images, hf:NAME, or wds:PATTERN for tar shards.
         out: Folder of the run.
         curriculum: A curriculum.json, or none.
+        resident: Train samples of hf: and wds: data that are kept in memory; if there are more, all are read while
+            training. Default: as many as fill a gibibyte.
         process: Forward process by name; default: that of the curriculum, or vp-linear.
         steps: Iterations.
         batch: Samples per iteration, over all processes together.
@@ -118,7 +121,7 @@ def run(
     """
     rank, where = join_processes(chosen_device(device))
     tell = functools.partial(tqdm.write, file=sys.stderr)
-    dataset = load_dataset(data)
+    dataset = load_dataset(data, resident)
     text = chosen_text(text_encoder, dataset, tell) if text_encoder else None
     autoencoder = Autoencoder(vae, where) if vae else None
     if autoencoder:
