@@ -287,6 +287,7 @@ class _Training:
                 weights |= crew.weights()
             for part in ranks.gather(crew.found()):
                 found += part
+            del crew, show  # before those of the next round take their memory
         if not ranks.first:
             return None
         if len(rounds) > 1:
