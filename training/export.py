@@ -1,8 +1,11 @@
 """A trained network as a diffusers folder, which ``from_pretrained`` loads and samples from.
 
-    model_index.json   DDIMPipeline for VP, DDPMPipeline with Euler's scheduler for flow matching
-    unet/              the averaged weights
-    scheduler/         the process and the prediction of the run
+    network                            data      process         pipeline
+    UNet2DModel, unconditional         images    VP              DDIMPipeline
+    UNet2DModel, unconditional         images    flow matching   DDPMPipeline with Euler's scheduler
+    DiTTransformer2DModel              latents   VP              DiTPipeline, with the autoencoder
+
+The folder holds the averaged weights, and the process and the prediction as a scheduler.
 """
 
 __all__ = ["export_run"]
@@ -10,21 +13,24 @@ __all__ = ["export_run"]
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
 from difficulty.schedulers import scheduler_for
+from training.latents import autoencoder_of
 from training.run import restore
 
 
-def export_run(folder: Path, out: Path) -> tuple[str, bool]:
+def export_run(folder: Path, out: Path, vae: str | None = None) -> tuple[str, bool]:
     """Write the averaged weights of a run as a diffusers pipeline.
 
     Args:
-        folder: of ``training run`` with an unconditional UNet2DModel.
+        folder: of ``training run``; see the table above.
         out: folder to make; it must not exist, or be empty.
+        vae: where the run's autoencoder is now, if it was moved.
 
     Returns:
         Name of the pipeline's class, and whether its pictures, which it clamps to [-1, 1], may lose something by that.
@@ -33,28 +39,29 @@ def export_run(folder: Path, out: Path) -> tuple[str, bool]:
         InputError: if diffusers has no pipeline for the network, process or prediction, or ``out`` is not empty.
     """
     denoiser, config = restore(folder)
-    spec, network = config["plan"]["network"], denoiser.network
-    if config["condition"]:
-        kind_of = {"class": "classes", "text": "captions of any encoder"}[config["condition"]["kind"]]
-        raise InputError(f"{folder} was trained with {kind_of}; diffusers has no pipeline that gives them to a network")
+    spec = config["plan"]["network"]
+    network = getattr(denoiser.network, "network", denoiser.network)  # without the condition around it
     if not isinstance(network, DiffusersNetwork):
         raise InputError(f"diffusers has no class for network {spec!r}; train with --network diffusers:CONFIG.json")
-    name = type(network.model).__name__
-    if name != "UNet2DModel":
-        raise InputError(f"diffusers samples a {name} only together with other models; a UNet2DModel can be exported")
     scheduler = scheduler_for(denoiser.process, denoiser.prediction)
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
-
-    kind: Any = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
-    # The pipeline draws noise of the size that the configuration states.
-    network.model.register_to_config(sample_size=tuple(config["shape"][1:]))
+    name = type(network.model).__name__
+    if name == "UNet2DModel" and not config["condition"] and not config["latents"]:
+        pipeline = _unconditional(network.model, scheduler, config)
+    elif name == "DiTTransformer2DModel" and config["latents"] and (config["condition"] or {}).get("kind") != "text":
+        pipeline = _latent_dit(network.model, scheduler, config, vae)
+    else:
+        told = {None: "", "class": " with classes", "text": " with text"}[(config["condition"] or {}).get("kind")]
+        raise InputError(
+            f"diffusers has no pipeline for a {name} of {'latents' if config['latents'] else 'images'}{told}; it has "
+            "them for an unconditional UNet2DModel of images and a DiTTransformer2DModel of latents"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; choose another folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
-            kind(unet=network.model, scheduler=scheduler).save_pretrained(temporary)
+            pipeline.save_pretrained(temporary)
             os.chmod(temporary, 0o755)
             os.replace(temporary, out)
         except BaseException:
@@ -62,4 +69,23 @@ def export_run(folder: Path, out: Path) -> tuple[str, bool]:
             raise
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
-    return kind.__name__, config["value_range"] != [-1.0, 1.0]
+    return type(pipeline).__name__, not config["latents"] and config["value_range"] != [-1.0, 1.0]
+
+
+def _unconditional(model: Any, scheduler: Any, config: Mapping[str, Any]) -> Any:
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+
+    # The pipeline draws noise of the size that the configuration states.
+    model.register_to_config(sample_size=tuple(config["shape"][1:]))
+    return (DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline)(unet=model, scheduler=scheduler)
+
+
+def _latent_dit(model: Any, scheduler: Any, config: Mapping[str, Any], vae: str | None) -> Any:
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    _, height, width = config["shape"]
+    autoencoder = autoencoder_of(config["latents"], vae)
+    if not isinstance(scheduler, DDIMScheduler) or autoencoder.shift or height != width:
+        raise InputError("DiTPipeline of diffusers samples square latents without a shift, under VP only")
+    model.register_to_config(sample_size=height)
+    return DiTPipeline(transformer=model, vae=autoencoder.model, scheduler=scheduler)

@@ -12,6 +12,7 @@ from difficulty.process import PROCESSES, get_process
 from difficulty.randomness import normal
 from difficulty.schedulers import process_from_scheduler, scheduler_for
 from training.export import export_run
+from training.latents import Autoencoder, latent_dataset
 from training.run import Cadence, train
 from training.sampling import draw_samples
 from training.streams import PRIOR
@@ -20,11 +21,11 @@ from training.trainer import TrainPlan
 diffusers = pytest.importorskip("diffusers")
 
 
-def _run(tmp_path, process, config=UNET, **options):
+def _run(tmp_path, process, config=UNET, data=None, **options):
     torch.set_num_threads(1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = TrainPlan(steps=4, batch=8, network=f"diffusers:{tmp_path / 'config.json'}", lr=1e-2, warmup=0, **options)
-    data = load_dataset("digits")
+    data = data or load_dataset("digits")
     return train(data, get_process(process), plan, tmp_path / "run", cadence=Cadence(sample=0, evaluate=0))
 
 
@@ -52,6 +53,42 @@ def test_exported_pipeline_draws_the_samples_of_the_run(process, prediction, pip
     assert torch.allclose(torch.from_numpy(theirs).permute(0, 3, 1, 2), expected, atol=1e-5)
 
 
+def _latents(folder):
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKL(
+        1, 1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5, **kinds
+    )
+    autoencoder.save_pretrained(folder)
+    return latent_dataset(load_dataset("digits"), Autoencoder(folder), "mean")
+
+
+def test_a_dit_of_latents_is_exported_with_its_autoencoder_and_draws_the_pictures_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DENOISING_DIFFICULTY_CACHE", str(tmp_path / "cache"))
+    config = DIT | {"in_channels": 2, "out_channels": 4, "sample_size": 4}
+    data = _latents(tmp_path / "vae")
+    trainer = _run(tmp_path, "vp-cosine:T=20", config, data, prediction="v", condition="class")
+    labels = torch.tensor([3, 8, 8])
+    assert export_run(tmp_path / "run", tmp_path / "out") == ("DiTPipeline", False)
+    drawn = draw_samples(trainer.ema, 3, data.shape, seed=7, steps=20, condition=labels)
+    start = float(trainer.process.sigma[-1]) * normal((3, 2, 4, 4), 7, PRIOR, 0, 0)
+    loaded = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    loaded.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **options: start)
+    theirs = loaded(class_labels=labels.tolist(), guidance_scale=1.0, num_inference_steps=20, output_type="np").images
+    expected = (Autoencoder(tmp_path / "vae").decode(drawn) / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.02
+    assert torch.allclose(torch.from_numpy(theirs).permute(0, 3, 1, 2), expected, atol=1e-4)
+
+
+def test_latents_of_a_unet_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DENOISING_DIFFICULTY_CACHE", str(tmp_path / "cache"))
+    config = UNET | {"in_channels": 2, "out_channels": 2, "sample_size": 4}
+    _run(tmp_path, "vp-cosine:T=20", config, _latents(tmp_path / "vae"))
+    with pytest.raises(InputError, match="no pipeline for a UNet2DModel of latents"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "velocity", "score", "edm"])
 def test_scheduler_of_a_process_reads_back_as_that_process_or_is_refused(name, prediction):
@@ -74,7 +111,7 @@ def test_what_diffusers_cannot_sample_is_refused_and_nothing_is_written(gaussian
     with pytest.raises(InputError, match="no class for network 'mlp:width=8'"):
         export_run(tmp_path / "own", tmp_path / "out")
     _run(tmp_path, "vp-linear:T=20", DIT)
-    with pytest.raises(InputError, match="DiTTransformer2DModel only together"):
+    with pytest.raises(InputError, match="no pipeline for a DiTTransformer2DModel of images; it has them for"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -83,7 +120,7 @@ def test_classes_of_a_diffusers_unet_are_trained_and_refused_by_export(tmp_path)
     trainer = _run(tmp_path, "vp-linear:T=20", UNET | {"num_class_embeds": 11}, condition="class")
     moments = trainer.optimizer.state[trainer.denoiser.network.network.model.class_embedding.weight]["exp_avg_sq"]
     assert (moments.sum(1) > 0).sum() >= 9
-    with pytest.raises(InputError, match="trained with classes"):
+    with pytest.raises(InputError, match="no pipeline for a UNet2DModel of images with classes"):
         export_run(tmp_path / "run", tmp_path / "out")
 
 
