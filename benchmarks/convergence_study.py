@@ -71,14 +71,14 @@ class Scale:
     exact: str = "digits-mixture"
     budget: int = 500
     exact_budget: int = 2000
-    log_snr_budget: int = 200
+    log_snr_budget: int = 250
     tasks: int = 20
-    log_snr_tasks: int = 12
+    log_snr_tasks: int = 10
     seeds: int = 3
     draws: int = 1024
     steps: int = 2000
     long_steps: int = 20000
-    quality_data: tuple[str, ...] = ("digits-mixture", "digits")
+    quality_data: tuple[str, ...] = ("digits-mixture",)
     quality_predictions: tuple[str, ...] = ("v",)
     quality_tasks: int = 10
 
