@@ -54,7 +54,8 @@ class Scale:
     """How large a study is.
 
     Args:
-        data, processes, predictions: what is crossed.
+        data, predictions: what is crossed, on the first of ``processes`` with tasks cut in t; on ``log_snr_data`` also
+            with all processes and tasks cut in log-SNR.
         exact: the data set measured at the default budget; must have an exact law.
         budget: iterations of the other experts on tasks cut in t; ``exact_budget`` of the exact ones, and
             ``log_snr_budget`` of all on tasks cut in log-SNR.
@@ -68,6 +69,7 @@ class Scale:
     data: tuple[str, ...] = DATA
     processes: tuple[str, ...] = PROCESSES
     predictions: tuple[str, ...] = PREDICTIONS
+    log_snr_data: tuple[str, ...] = DATA
     exact: str = "digits-mixture"
     budget: int = 500
     exact_budget: int = 2000
@@ -127,7 +129,7 @@ def cells_in_t(scale: Scale) -> Iterator[Cell]:
 
 def cells_in_log_snr(scale: Scale) -> Iterator[Cell]:
     """Experts of every prediction on every process, tasks cut in log-SNR."""
-    for data in scale.data:
+    for data in scale.log_snr_data:
         for process in scale.processes:
             for prediction in scale.predictions:
                 yield Cell(data, process, prediction, "log-snr", scale.log_snr_tasks, scale.log_snr_budget)
@@ -195,18 +197,15 @@ def finished(folder: Path) -> bool:
 
 def join_floors(scale: Scale, runs: Path) -> None:
     """Every cell without exact law over the best loss known on its tasks, by any prediction or shared network."""
-    for data in scale.data:
-        if load_dataset(data).law is not None:
+    for group in _judged_alike(scale):
+        if load_dataset(group[0].data).law is not None:
             continue
-        probes = [runs / f"{shared.name}_probe" for shared in shared_networks(scale) if shared.data == data]
-        groups = [[runs / cell.name for cell in cells_in_t(scale) if cell.data == data]]
-        for process in scale.processes:
-            chosen = [c for c in cells_in_log_snr(scale) if (c.data, c.process) == (data, process)]
-            groups.append([runs / cell.name for cell in chosen])
-        for number, group in enumerate(groups):
-            for folder in group:
-                others = [other for other in group if other != folder] + (probes if number == 0 else [])
-                rank_over_joint_floor(folder, others)
+        # The shared networks were judged on the first process, tasks cut in t.
+        probes = [s for s in shared_networks(scale) if s.data == group[0].data and group[0].grid == "t"]
+        folders = [runs / cell.name for cell in group]
+        for folder in folders:
+            others = [other for other in folders if other != folder] + [runs / f"{s.name}_probe" for s in probes]
+            rank_over_joint_floor(folder, others)
 
 
 def collect(scale: Scale, runs: Path) -> dict[str, pd.DataFrame]:
@@ -271,25 +270,30 @@ def _sample_rows(cell: Cell, folder: Path) -> pd.DataFrame:
 
 def _agreements(scale: Scale, runs: Path) -> Iterator[pd.DataFrame]:
     """Agreement tables with the columns question and data."""
-    in_t, in_log_snr = list(cells_in_t(scale)), list(cells_in_log_snr(scale))
     measures = list(DEFINITIONS)
-    for data in scale.data:
-        groups = [[c for c in in_t if c.data == data]]
-        groups += [[c for c in in_log_snr if (c.data, c.process) == (data, process)] for process in scale.processes]
-        for group in groups:
-            table = agreement_table([runs / c.name for c in group], measures)
-            within = table["first"].str.contains(" seed ")
-            yield table.assign(question=np.where(within, "seeds", "predictions"), data=data)
-        for prediction in scale.predictions:
-            group = [c for c in in_log_snr if (c.data, c.prediction) == (data, prediction)]
-            yield _between("processes", data, [runs / c.name for c in group], measures)
-            pair = [c for c in in_t if (c.data, c.prediction) == (data, prediction)] + group[:1]
-            yield _between("grids", data, [runs / c.name for c in pair], measures)
-            experts = [runs / c.name for c in pair[:1]]
-            for shared in shared_networks(scale):
-                if (shared.data, shared.prediction) == (data, prediction):
-                    question = "networks" if shared.steps == scale.steps else "networks, shared one trained longer"
-                    yield _between(question, data, [*experts, runs / f"{shared.name}_probe"], ["excess_nats"])
+    for group in _judged_alike(scale):
+        table = agreement_table([runs / c.name for c in group], measures)
+        within = table["first"].str.contains(" seed ")
+        yield table.assign(question=np.where(within, "seeds", "predictions"), data=group[0].data)
+    for cell in cells_in_t(scale):
+        same = (cell.data, cell.prediction)
+        for shared in shared_networks(scale):
+            if (shared.data, shared.prediction) == same:
+                question = "networks" if shared.steps == scale.steps else "networks, shared one trained longer"
+                pair = [runs / cell.name, runs / f"{shared.name}_probe"]
+                yield _between(question, cell.data, pair, ["excess_nats"])
+        others = [runs / c.name for c in cells_in_log_snr(scale) if (c.data, c.prediction) == same]
+        if others:
+            yield _between("processes", cell.data, others, measures)
+            yield _between("grids", cell.data, [runs / cell.name, others[0]], measures)
+
+
+def _judged_alike(scale: Scale) -> list[list[Cell]]:
+    """Cells that differ in the prediction alone."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in [*cells_in_t(scale), *cells_in_log_snr(scale)]:
+        groups.setdefault(f"{cell.data} {cell.process} {cell.grid}", []).append(cell)
+    return list(groups.values())
 
 
 def _between(question: str, data: str, folders: Sequence[Path], measures: Sequence[str]) -> pd.DataFrame:

@@ -40,7 +40,8 @@ def test_predictions_and_seeds_order_the_tasks_alike_on_fresh_experts(tmp_path):
 
 def test_the_study_runs_at_a_small_scale_and_a_second_run_measures_nothing_again(script, tmp_path):
     scale = script.Scale(
-        data=("digits",), exact="digits", processes=("vp-linear", "edm"), predictions=("eps", "x0"), budget=20,
+        data=("digits",), log_snr_data=("digits",), exact="digits", processes=("vp-linear", "edm"),
+        predictions=("eps", "x0"), budget=20,
         exact_budget=20, log_snr_budget=20, tasks=3, log_snr_tasks=3, seeds=2, draws=32, steps=20, long_steps=40,
         quality_data=("digits",), quality_predictions=("eps",), quality_tasks=2,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from difficulty.errors import InputError
 from difficulty.expert_samples import QUALITY_COLUMNS, SampleQuality, _steps_in, quality_estimates
 from difficulty.experts import ExpertPlan, build_expert, train_experts
 from difficulty.measurement import measure
+from difficulty.plots import sample_quality_figure
 from difficulty.process import PROCESSES, get_process
 from difficulty.records import read_json, read_table
 from difficulty.tasks import GRIDS, make_tasks
@@ -115,6 +116,8 @@ def test_an_interrupted_measurement_of_samples_resumes_to_the_same_table(tmp_pat
     pd.testing.assert_frame_equal(a, b)
     assert {"sample_quality", "excess_nats"} <= set(found.ranking.measures)
     assert found.ranking.measures["sample_quality"].unit == "iterations"
+    panels = sample_quality_figure(tmp_path / "b").axes[:2]
+    assert [len(panel.lines) for panel in panels] == [3 + 2, 3 + 2]  # tasks, shared network, perfect sampler
 
 
 def quality_of(curves):
