@@ -20,6 +20,7 @@ half on one core of a shared machine. From them ``--out`` gets
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -346,14 +347,16 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/convergence-study"))
+    parser.add_argument("--log-snr-data", nargs="+", default=DATA, choices=DATA, help="data sets under all processes")
     options = parser.parse_args(arguments)
-    scale = scale or Scale()
+    scale = scale or Scale(log_snr_data=tuple(options.log_snr_data))
+    command = ["python", "benchmarks/convergence_study.py", *(sys.argv[1:] if arguments is None else arguments)]
     measure_cells(scale, cells_in_t(scale), options.runs)
     probe_shared(scale, options.runs)
     measure_cells(scale, cells_with_samples(scale), options.runs)
     measure_cells(scale, cells_in_log_snr(scale), options.runs)
     join_floors(scale, options.runs)
-    write_study(scale, options.runs, options.out, "python benchmarks/convergence_study.py --out " + str(options.out))
+    write_study(scale, options.runs, options.out, shlex.join(command))
 
 
 if __name__ == "__main__":
