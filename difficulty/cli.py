@@ -286,10 +286,11 @@ def kl(
     estimator: str = "auto",
     pairs: tuple[int, ...] = (),
     tasks: int | None = None,
+    model: str | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Relative entropy between consecutive marginals, KL(p_{t-1} || p_t), without any training.
+    """Relative entropy between consecutive marginals, KL(p_{t-1} || p_t); only the estimator `score` trains anything.
 
     Example: difficulty kl digits --process vp-linear --out runs/digits-kl
 
@@ -297,9 +298,11 @@ def kl(
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write: run.json, relative_entropy.csv, figures/.
         process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
-        estimator: auto, exact (built-in laws only), gaussian, mixture or empirical.
+        estimator: auto, exact (built-in laws only), gaussian, mixture, empirical, or score (a trained denoiser).
         pairs: the t of the pairs (t-1, t), in 2..T; all by default.
         tasks: that many coarse intervals instead, uniform in t.
+        model: for the estimator `score`, a denoiser that was trained for this process (see `difficulty probe --help`);
+            without one a small network is trained.
         seed: of every random draw.
         json: print the table as JSON on standard output.
     """
@@ -307,7 +310,7 @@ def kl(
 
     bars = StageBars()
     try:
-        table = run_kl(data, process, out, estimator, pairs or None, tasks, seed, bars)
+        table = run_kl(data, process, out, estimator, pairs or None, tasks, seed, bars, model)
     finally:
         bars.close()
     if json:

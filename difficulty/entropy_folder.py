@@ -31,6 +31,7 @@ def run_kl(
     tasks: int | None,
     seed: int,
     report: Report,
+    model: str | None = None,
 ) -> pd.DataFrame:
     """Measure, write relative_entropy.csv and its figure, and return the table.
 
@@ -41,11 +42,12 @@ def run_kl(
     config = {
         "data": data, "dataset": dataset.fingerprint, "process": process.fingerprint, "estimator": estimator,
         "pairs": list(pairs) if pairs else None, "tasks": tasks, "seed": seed,
+        "model": model,
     }  # fmt: skip
     started = time.perf_counter()
     run = start_run(out, "kl", config)
     table = kl(
-        dataset, process, estimator=estimator, pairs=pairs, tasks=tasks, seed=seed,
+        dataset, process, estimator=estimator, pairs=pairs, tasks=tasks, seed=seed, model=model,
         progress=lambda done, total: report("relative entropy", done, total),
     )  # fmt: skip
     write_table(out / "relative_entropy.csv", table)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difficulty.intervals import Z90
 from difficulty.plots import LOG_SNR_LABEL, PAGE_WIDTH, PALETTE, add_t_axis
+from difficulty.profile import PROFILE_COLUMNS
 from difficulty.records import read_table
 
 if TYPE_CHECKING:
@@ -21,16 +21,15 @@ def profile_figure(folder: Path) -> "Figure":
     """A, C, I_min and mmse over log-SNR with 90 % intervals; grey where the profile is not valid."""
     import matplotlib.pyplot as plt
 
-    table = read_table(folder / "profile.csv", ["log_snr", "A", "C", "i_min", "mmse", "valid"])
+    table = read_table(folder / "profile.csv", PROFILE_COLUMNS)
     figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.0), layout="constrained")
     valid = table["valid"].astype(bool).to_numpy()
     labels = {"A": "A = E[F²]", "C": "C = E[q²]", "i_min": "I_min = A - B²/C", "mmse": "mmse  [data units²]"}
     for (name, label), colour, dash in zip(labels.items(), PALETTE, DASHES, strict=False):
         value = table[name].where(table[name] > 0)
-        width = np.exp(Z90 * np.minimum(table[f"{name}_se"] / value, 5))
         axes.plot(table["log_snr"], value.where(valid), color=colour, linestyle=dash, linewidth=1.5, label=label)
         axes.plot(table["log_snr"], value.where(~valid), color="0.6", linewidth=0.8)
-        low, high = (value / width).where(valid), (value * width).where(valid)
+        low, high = (table[f"{name}_ci_{end}"].where(valid & (table[name] > 0)) for end in ("low", "high"))
         axes.fill_between(table["log_snr"], low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
     axes.set_xlim(table["log_snr"].max(), table["log_snr"].min())

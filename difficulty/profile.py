@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
 from difficulty.datasets import Dataset, load_dataset
@@ -40,7 +41,10 @@ from difficulty.relative_entropy.sample import make_sample
 Array = npt.NDArray[np.float64]
 
 NAMES = ("A", "B", "C", "i_min", "mmse", "one_plus_b_over_c")
-PROFILE_COLUMNS = ("log_snr", *(part for name in NAMES for part in (name, f"{name}_se")), "valid", "reason")
+# Of either sign, so that their intervals are on the linear scale; those of the others are on the log scale.
+SIGNED = ("B", "one_plus_b_over_c")
+PARTS = ("", "_se", "_ci_low", "_ci_high")
+PROFILE_COLUMNS = ("log_snr", *(name + part for name in NAMES for part in PARTS), "valid", "reason")
 # A step of log s beyond which the quadratic formula is off by more than about 10 %.
 LARGEST_STEP = 0.4
 
@@ -50,7 +54,8 @@ class Profile:
     """A profile on a grid.
 
     Args:
-        table: with ``PROFILE_COLUMNS``, log-SNR falling; standard errors in the units of their quantity.
+        table: with ``PROFILE_COLUMNS``, log-SNR falling; standard errors and 90 % intervals in the units of their
+            quantity.
     """
 
     table: pd.DataFrame
@@ -130,7 +135,7 @@ def measure_profile(
     points: int = 60,
     log_snr: tuple[float, float] = (12.5, -10.5),
     samples: int = 4000,
-    bootstrap: int = 8,
+    bootstrap: int = 16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
@@ -154,8 +159,18 @@ def measure_profile(
     with one_thread():
         values, errors, reason = (_of_law if dataset.law else _of_sample)(dataset, tau, settings)
     table = pd.DataFrame({"log_snr": -2 * tau})
+    # Refits to halves know their own spread only roughly: Student's quantile.
+    quantile = Z90 if dataset.law else float(stats.t.ppf(0.95, max(bootstrap // 2, 1)))
     for column, name in enumerate(NAMES):
-        table[name], table[f"{name}_se"] = values[:, column], errors[:, column]
+        value, error = values[:, column], errors[:, column]
+        if name in SIGNED:
+            low, high = value - quantile * error, value + quantile * error
+        else:
+            relative = np.divide(error, value, out=np.zeros_like(value), where=value > 0)
+            width = np.exp(quantile * np.minimum(relative, 100.0))
+            low, high = value / width, value * width
+        for part, content in zip(PARTS, (value, error, low, high), strict=True):
+            table[name + part] = content
     return Profile(table.assign(valid=reason == "", reason=reason)[list(PROFILE_COLUMNS)])
 
 
@@ -188,7 +203,8 @@ def _of_sample(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array,
     # Pairs of alpha = 1 whose middles are the grid: the estimate of A is that of their relative entropy.
     steps = make_pairs(from_arrays(np.ones(len(edges)), np.exp(edges), "profile grid"))
     judge = Judge(sample, steps, settings, candidates(sample), anchors=len(tau))
-    reason = judge.estimate().reason
+    judge.estimate()
+    reason = judge.fit_reasons
     if sample.rank == 0:
         moments = judge.null.profile(tau, 0, 0)
         rest = np.zeros((len(tau), 2))

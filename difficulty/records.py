@@ -41,8 +41,8 @@ import pandas as pd
 from difficulty.commandline import given_command
 from difficulty.errors import InputError
 
-# Read back with every digit: the shortest text that gives the same float64 is at most 17 significant digits.
-FLOAT_FORMAT = "%.10g"
+# Significant digits of a number in a table, unless its writer wants fewer.
+DIGITS = 10
 RUN_FORMAT = "denoising-difficulty/run/1"
 
 
@@ -91,10 +91,10 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from None
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a tidy CSV atomically, 10 significant digits."""
+def write_table(path: Path, table: pd.DataFrame, *, digits: int = DIGITS) -> None:
+    """Write a tidy CSV atomically, with so many significant digits."""
     buffer = io.StringIO()
-    table.to_csv(buffer, index=False, float_format=FLOAT_FORMAT, lineterminator="\n")
+    table.to_csv(buffer, index=False, float_format=f"%.{digits}g", lineterminator="\n")
     write_bytes(path, buffer.getvalue().encode())
 
 

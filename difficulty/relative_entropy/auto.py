@@ -44,7 +44,7 @@ def estimate_gaussian(dataset: Dataset, pairs: Pairs, settings: Settings) -> Est
     names, weight = doubter.choose()
     told_apart = weight[names.index(Candidate("gaussian"))] <= PLAUSIBLE
     tau = np.minimum(pairs.tau, 1e3)
-    wrong = np.interp(tau, tau[doubter.at], told_apart.astype(float)) > 0
+    wrong = np.interp(tau, tau[doubter.net.at], told_apart.astype(float)) > 0
     reason = np.where(wrong & found.valid, "held-out data tell the law from a Gaussian at this noise", found.reason)
     return replace(found, valid=found.valid & ~wrong, reason=reason.astype(object))
 
@@ -69,6 +69,7 @@ def candidates(sample: Sample) -> list[Candidate]:
     found += [Candidate("mixture", k, float(d + 1)) for k in kinds if n / k >= max(30, d) and k <= max(most, 2)]
     if d > 1:
         found += [Candidate("mixture", k, INFINITE) for k in (4, 8, 16, 32, 64) if n / k >= 20 and k <= max(most, 4)]
-    found += [Candidate("scale", k) for k in (2, 4)]
+    # In many dimensions a few scales are a few shells; a heavy tail needs more of them to be smooth.
+    found += [Candidate("scale", k) for k in (2, 4, 8, 16) if k <= max(most, 4)]
     found += [Candidate("product", k) for k in (2, 4, 8, 16)]
     return found

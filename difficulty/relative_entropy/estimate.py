@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from difficulty.intervals import Z90
+from difficulty.models import TrainedModel
+from difficulty.process import Process
 
 Array = npt.NDArray[np.float64]
 
@@ -23,12 +25,16 @@ class Settings:
         bootstrap: number of half-sample refits.
         seed: of every draw.
         progress: called with (done, total).
+        model: a trained denoiser for the score estimator; without one it trains its own.
+        process: the forward process of the pairs, which a trained denoiser must share.
     """
 
     samples: int
     bootstrap: int
     seed: int
     progress: Callable[[int, int], None]
+    model: TrainedModel | None = None
+    process: Process | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from difficulty.relative_entropy.empirical import estimate_empirical
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.exact import estimate_exact
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.score_estimator import estimate_score
 
 ESTIMATORS: Mapping[str, Callable[[Dataset, Pairs, Settings], Estimate]] = {
     "auto": estimate_auto,
@@ -17,4 +18,5 @@ ESTIMATORS: Mapping[str, Callable[[Dataset, Pairs, Settings], Estimate]] = {
     "exact": estimate_exact,
     "gaussian": estimate_gaussian,
     "mixture": estimate_mixture,
+    "score": estimate_score,
 }

@@ -17,6 +17,7 @@ from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit
 Array = npt.NDArray[np.float64]
 
 BINS = 256
+LARGEST_COVARIANCE = 3.5  # in standard errors
 # A fit to a part of the rows starts from the fit to all of them and is soon there.
 WARM_ITERATIONS, COLD_ITERATIONS = 15, 50
 
@@ -34,6 +35,11 @@ class Candidate:
     family: str
     components: int = 1
     strength: float = 0.0
+
+    @property
+    def one_covariance(self) -> bool:
+        """Whether all that is fitted beside a few means is one covariance."""
+        return self.family == "gaussian" or (self.family == "mixture" and np.isinf(self.strength))
 
     def parameters(self, d: int) -> int:
         """Number of free parameters on d axes."""
@@ -155,8 +161,15 @@ def has_independent_axes(rows: Array, counts: Array, seed: int) -> bool:
     unit, sources = _unmix(rows, counts, seed)
     # Distance of the axes from orthogonality, against what the error of an estimated axis explains.
     orthogonal = np.abs(unit.T @ unit - np.eye(d)).max() < max(0.25, 4 * np.sqrt(d / n))
-    kurtosis = (sources**4).mean(0) / (sources**2).mean(0) ** 2 - 3
-    return bool(orthogonal and np.abs(kurtosis).max() > 3 * np.sqrt(24 / n))
+    square = sources**2 / (sources**2).mean(0)
+    kurtosis = (square**2).mean(0) - 3
+    # Squares of independent components do not covary. On a sphere, and under radial heavy tails, they do, whatever
+    # axes.
+    spread = square.var(0)
+    covariance = square.sum(1).var() - spread.sum()
+    error = 2 * np.sqrt((spread.sum() ** 2 - (spread**2).sum()) / 2 / n)
+    independent = np.abs(covariance) < LARGEST_COVARIANCE * error
+    return bool(orthogonal and independent and np.abs(kurtosis).max() > 3 * np.sqrt(24 / n))
 
 
 def independent_axes(rows: Array, counts: Array, seed: int) -> Array:

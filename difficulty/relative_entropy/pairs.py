@@ -123,17 +123,17 @@ def _pairs(process: Process, t_from: npt.NDArray[np.int64], t: npt.NDArray[np.in
     )
 
 
-def upper_bound(pairs: Pairs, dim: int, second_moment: float) -> Array:
-    """The bound F7 on KL(p_from || p_t) in nats, shape (m,).
+def upper_bound(pairs: Pairs, dim: int, second_moment: float, *, reverse: bool = False) -> Array:
+    """The bound F7 on KL(p_from || p_t) in nats, or on KL(p_t || p_from) with ``reverse``, shape (m,).
 
     Args:
         pairs: where.
         dim: D.
         second_moment: E|x0|^2.
     """
-    ratio = (pairs.sigma_from / pairs.sigma_to) ** 2
-    noise = 0.5 * dim * excess(ratio - 1.0)
-    return noise + (pairs.alpha_from - pairs.alpha_to) ** 2 * second_moment / (2.0 * pairs.sigma_to**2)
+    first, second = (pairs.sigma_to, pairs.sigma_from) if reverse else (pairs.sigma_from, pairs.sigma_to)
+    noise = 0.5 * dim * excess((first / second) ** 2 - 1.0)
+    return noise + (pairs.alpha_from - pairs.alpha_to) ** 2 * second_moment / (2.0 * second**2)
 
 
 def excess(d: Array) -> Array:

@@ -1,0 +1,168 @@
+"""When a relative entropy that was estimated from a sample counts as measured, and what to do where it does not.
+
+A pair is valid if its error allows to promise 30 % and no held-out test objects. Directions in which the data do not
+vary contribute a part that is known exactly; the rest is judged by the share that it *could* have by its own upper
+bound F7: a fit that is too smooth makes the rest small, and must not excuse itself by that.
+
+Where the fit is refused the relative entropy still lies in a bracket: above the exact part plus the certified lower
+bound of F6, 1/2 E[f g]^2/E[f^2] on held-out rows, which holds for any f, and below F7. If the bracket is no wider than
++-30 %, its geometric middle is reported as the estimator "bracket" with the bracket as the interval.
+"""
+
+__all__ = ["FAR_SHARE", "LIMITS", "Findings", "Limits", "bracket", "objections", "spans_too_little", "tail_shares"]
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from difficulty.relative_entropy.families import Candidate
+from difficulty.relative_entropy.heldout_tests import Tested
+from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.sample import Sample
+
+Array = npt.NDArray[np.float64]
+
+FAR_SHARE = 0.0025
+MOST_AXES = 96
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a pair counts as measured; all on the scale of log KL.
+
+    Args:
+        error: largest standard error.
+        bias: largest bias that refits to parts of the data may leave in doubt.
+        cross: tolerated difference of the estimate from its held-out cross value, beyond ``tested`` standard errors.
+        second_moment: the same for Var[f] on held-out rows above that under the fit, as an overfit makes it.
+        flat: the same below it, as edges and thin shells make it.
+        bound: the same for a certified lower bound above the estimate.
+        tested: standard errors of a held-out figure that it may deviate beyond its tolerance.
+        floor: smallest noise scale in units of the step between quantised values.
+        missing: largest share of a discrete law that was seen only once.
+        tail: largest share of the fourth moments that the farthest rows may have, on which every error rests; a normal
+            law has 0.1, Laplace's 0.25, Student's with 4 degrees of freedom 0.6.
+        bracket: largest ratio of upper to lower end of a bracket that is reported, 1.3^2.
+    """
+
+    error: float = 0.12
+    bias: float = 0.3
+    cross: float = 0.15
+    second_moment: float = 0.4
+    flat: float = 0.1
+    bound: float = 0.12
+    tested: float = 1.3
+    floor: float = 0.5
+    missing: float = 0.2
+    tail: float = 0.45
+    bracket: float = 1.69
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything found at the anchors, (m,) each, on the log scale: for the estimate and for those who doubt it.
+
+    Args:
+        log_kl: of the part that is estimated.
+        reverse: KL(p_t || p_from) over KL(p_from || p_t).
+        error: standard error of log_kl, all sources together.
+        bias: what refits leave in doubt of it (``Replicated.unresolved``).
+        spread: sampling error.
+        rivals: disagreement of fits that the data hardly tell apart.
+        tested: held-out figures.
+        family: the candidate chosen.
+    """
+
+    log_kl: Array
+    reverse: Array
+    error: Array
+    bias: Array
+    spread: Array
+    rivals: Array
+    tested: Tested
+    family: list[Candidate]
+
+
+def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array) -> npt.NDArray[np.object_]:
+    """Why a pair is not valid, empty where it is, (m,).
+
+    Args:
+        sample: the data.
+        pairs: the anchors.
+        found: at the anchors.
+        share: the largest share of the KL that the estimated part can have.
+    """
+    test, z = found.tested, LIMITS.tested
+    variance, variance_error = share * test.second_moment[:, 0], z * share * test.second_moment[:, 1]
+    gap = np.abs(test.cross[:, 0] - found.log_kl)
+    noise = pairs.sigma_from / np.maximum(pairs.alpha_from, 1e-12)
+    unclear = test.cross[:, 1] > 0.5
+    found_wanting = [
+        (
+            noise < LIMITS.floor * sample.step,
+            "the values are quantised in steps that this noise does not hide",
+        ),
+        (
+            np.full(len(noise), sample.discrete and sample.missing > LIMITS.missing),
+            "too many atoms of the law were seen only once",
+        ),
+        (
+            np.full(len(noise), spans_too_little(sample)),
+            "too few samples for so many dimensions: half of them span fewer directions than all",
+        ),
+        (
+            np.full(len(noise), not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
+            "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
+        ),
+        (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
+        (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
+        (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),
+        (share * found.error > LIMITS.error, "the errors of sample, fit and draws add up to too much"),
+        (
+            ~unclear & (share * gap > LIMITS.cross + z * share * test.cross[:, 1]),
+            "held-out data contradict the fit: its time score does not predict the conditional one (F6)",
+        ),
+        (
+            share * (test.bound[:, 0] - found.log_kl) > LIMITS.bound + z * share * test.bound[:, 1],
+            "a certified lower bound (F6) lies above the estimate: the fit is too smooth for the data",
+        ),
+        (
+            (variance > LIMITS.second_moment + variance_error) | (variance < -LIMITS.flat - variance_error),
+            "held-out data contradict the fit: its time score has another spread on them",
+        ),
+    ]  # fmt: skip
+    reason = np.full(len(noise), "", dtype=object)
+    for fails, text in found_wanting[::-1]:
+        reason[np.asarray(fails, bool)] = text
+    return reason
+
+
+def tail_shares(sample: Sample) -> Array:
+    """Share of the fourth moment along each leading axis that ``FAR_SHARE`` of the rows, the farthest out, make."""
+    x = sample.rows[:, :MOST_AXES] / np.sqrt(sample.eigenvalues[:MOST_AXES])
+    fourth = np.sort(x**4, axis=0)
+    few = max(2, round(FAR_SHARE * len(x)))
+    return fourth[-few:].sum(0) / fourth.sum(0)
+
+
+def spans_too_little(sample: Sample) -> bool:
+    """Whether directions may be empty for want of samples only: n points span at most n - 1."""
+    return sample.n // 2 - 1 < sample.rank < sample.dim
+
+
+def bracket(exact: Array, test: Tested, upper: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Lower and upper end of what is certain in nats, and whether they are close enough to be an answer, (m,) each.
+
+    Args:
+        exact: KL of the directions without variance.
+        test: held-out figures of the rest; the lower end is one-sided at 95 %.
+        upper: F7.
+    """
+    known = np.isfinite(test.bound[:, 1]) & (test.bound[:, 1] < 1)
+    rest = np.where(known, np.exp(np.where(known, test.bound[:, 0] - 1.645 * test.bound[:, 1], 0.0)), 0.0)
+    low = np.minimum(exact + rest, upper)
+    return low, upper, (low > 0) & (upper <= LIMITS.bracket * low)
