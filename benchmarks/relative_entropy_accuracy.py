@@ -33,10 +33,11 @@ SOME = ("gauss-3", "modes4-5", "modes7-24", "uniform-3", "laplace-2", "ring-6")
 PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
     ("auto", "vp-linear", tuple(name for name in JUDGING if name not in DEAR), (4, 5)),
     ("auto", "vp-linear", DEAR[:-1], (4,)),
-    *(("auto", process, SOME, (4, 5, 6)) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
-    *((name, "vp-linear", SOME, (4, 5)) for name in ("gaussian", "mixture", "empirical")),
-    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (4,)),
-    ("score", "edm", ("gauss-3", "modes4-5"), (4,)),
+    *(("auto", process, SOME, (4, 5)) for process in ("edm", "ve")),
+    *(("auto", process, SOME, (4,)) for process in ("vp-cosine", "flow-matching")),
+    *((name, "vp-linear", SOME, (4,)) for name in ("gaussian", "mixture", "empirical")),
+    ("score", "vp-linear", ("modes4-5", "laplace-2"), (4,)),
+    ("score", "edm", ("modes4-5",), (4,)),
 ]
 
 

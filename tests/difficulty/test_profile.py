@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from difficulty.datasets import split_samples
 from difficulty.entropy_folder import run_kl, run_profile
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, from_arrays, get_process
@@ -52,8 +53,6 @@ def test_profile_of_an_isotropic_gaussian_is_the_closed_form():
 def test_profile_of_samples_agrees_with_that_of_their_law():
     law = measure_profile("gaussian:dim=3,var=0.25", points=12, log_snr=(2, -4)).table
     rows = np.random.default_rng(0).standard_normal((3000, 3)).astype(np.float32) * 0.5
-    from difficulty.datasets import split_samples
-
     found = measure_profile(split_samples("rows", rows), points=12, log_snr=(2, -4)).table
     for name in ("A", "C", "mmse"):
         np.testing.assert_allclose(found[name], law[name], rtol=0.15)
@@ -73,6 +72,15 @@ def test_pairs_outside_the_profile_say_so():
     outside = (table.log_snr > 3) | (table.log_snr < -3)
     assert not table.valid[outside].any()
     assert table.reason[outside].str.contains("outside").all()
+
+
+def test_intervals_of_a_profile_hold_the_truth():
+    law = measure_profile("gaussian:dim=3,var=0.25", points=10, log_snr=(2, -4)).table
+    rows = np.random.default_rng(3).standard_normal((2000, 3)) * 0.5
+    found = measure_profile(split_samples("rows", rows), points=10, log_snr=(2, -4)).table
+    for name in ("A", "B", "C", "mmse"):
+        assert (found[f"{name}_ci_low"] <= found[name]).all()
+        assert ((found[f"{name}_ci_low"] <= law[name]) & (law[name] <= found[f"{name}_ci_high"])).mean() >= 0.8
 
 
 def test_profile_survives_its_file(grid_profile, tmp_path):

@@ -14,11 +14,14 @@ from difficulty.process import PROCESSES, get_process
 from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import kl_of_law, law_draws
+from difficulty.relative_entropy.families import has_independent_axes
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import make_pairs, upper_bound
+from difficulty.relative_entropy.refits import gaussian_log_error
+from difficulty.relative_entropy.sample import make_sample
 from difficulty.relative_entropy.score import (
     coarse_log_ratio,
     conditional_scores,
@@ -257,6 +260,63 @@ def test_rotated_data_give_the_same_kl_up_to_monte_carlo_error():
     turned = (rows @ ortho_group.rvs(16, random_state=1)).astype(np.float32)
     one, two = (kl(split_samples("rows", r), "vp-linear", pairs=[20, 100, 400], bootstrap=4) for r in (rows, turned))
     np.testing.assert_allclose(one.kl, two.kl, rtol=0.08)
+
+
+def test_two_points_have_the_exact_curve_under_ve():
+    law = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], np.zeros((2, 1, 1)))
+    table = kl(exact_dataset(law), "ve")
+    assert spearmanr(table.kl, table.t).statistic == pytest.approx(-0.67, abs=0.01)
+    assert (table.se == 0).all()
+    assert (table.ratio <= 1 + 1e-9).all()
+    assert (table.ratio_reverse <= 1 + 1e-9).all()
+    drawn = kl_of_law(law, make_pairs(get_process("ve"), THIRTEEN), *law_draws(law, 100_000, 0), SILENT)
+    found = table.set_index("t").loc[THIRTEEN]
+    for column, values in zip(("kl", "kl_reverse", "i_min"), (drawn[0], drawn[2], drawn[3]), strict=True):
+        np.testing.assert_allclose(found[column], values, rtol=0.04, atol=1e-9)
+
+
+def test_a_part_that_is_estimated_small_does_not_excuse_itself():
+    # Two of four directions are empty and known; the ring in the others is thinner than any fit at this noise.
+    law, pairs = Ring(4), [20, 60, 150, 430]
+    table = kl(split_samples("ring", samples_of(law, 1500)), "ve", pairs=pairs, bootstrap=4)
+    truth = kl(exact_dataset(law), "ve", pairs=pairs, samples=20_000).kl
+    assert np.abs(table.kl / truth - 1)[table.valid].max() < 0.3
+    assert table.valid[3]
+    assert not table.valid[0]
+
+
+def test_a_narrow_bracket_is_an_answer_where_the_fit_is_refused():
+    # One direction of the ten is not known exactly: between the bounds there is little room.
+    law, pairs = Ring(20), [20, 60]
+    table = kl(split_samples("ring", samples_of(law, 1500)), "ve", pairs=pairs, bootstrap=4)
+    truth = kl(exact_dataset(law), "ve", pairs=pairs, samples=20_000).kl
+    assert (table.estimator == "bracket").all()
+    assert table.valid.all()
+    assert ((table.ci_low <= truth * 1.001) & (truth <= table.ci_high * 1.001)).all()
+    assert table.i_min.isna().all()
+
+
+@pytest.mark.parametrize("kind", ["sphere", "radial tails", "cube"])
+def test_axes_are_independent_only_if_their_squares_do_not_covary(kind):
+    rng = np.random.default_rng(1)
+    z = rng.standard_normal((2000, 6))
+    rows = {
+        "sphere": z / np.linalg.norm(z, axis=1, keepdims=True),
+        "radial tails": z / np.sqrt(rng.chisquare(5, (2000, 1))),
+        "cube": rng.uniform(-1, 1, z.shape) @ ortho_group.rvs(6, random_state=1),
+    }[kind]
+    assert has_independent_axes(rows - rows.mean(0), np.ones(2000), 0) == (kind == "cube")
+
+
+def test_influence_of_the_rows_gives_the_sampling_error_of_a_gaussian():
+    pairs, law = make_pairs(get_process("vp-linear"), [40, 300]), gaussian(3, 0.4, 0.3)
+    found, errors = [], []
+    for seed in range(60):
+        sample = make_sample(split_samples("gauss", samples_of(law, 800, seed)))
+        value = gaussian_kl(pairs, sample.eigenvalues, sample.mean)
+        found.append(np.log(value))
+        errors.append(gaussian_log_error(sample, pairs, np.log(value)))
+    np.testing.assert_allclose(np.mean(errors, 0), np.std(found, 0), rtol=0.25)
 
 
 # -- what is not known is said -----------------------------------------------------------------------------------------
