@@ -21,7 +21,7 @@ lab: $(VENV)/.notebooks
 
 # Speed of the experts and of the trainer, and accuracy of the relative entropy on a few laws whose answer is known.
 bench: $(VENV)/.test
-	$(RUN) benchmarks/experts.py
+	$(RUN) benchmarks/experts.py --out runs/experts-speed
 	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/relative_entropy_accuracy.py --seeds 2 --laws gauss-3 modes4-5 uniform-3 --out runs/relative-entropy-accuracy
 

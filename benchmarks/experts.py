@@ -1,41 +1,76 @@
 """How much faster are twenty experts together than the loop that one would write?
 
-    python benchmarks/experts.py [--repeats 5] [--iterations 10] [--threads 1 2]
+    python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--out results/experts-speed]
 
-Per network: (a) the plain loop, one module and one AdamW per expert; (b) the same loop split over processes with one
-thread each (joblib); and the engines of `difficulty.engines`. Each round times every contender once, in turn, on the
-same batches; reported are medians over the rounds of the time per expert and iteration, and of the ratio to (a) within
-its round, which holds when the machine's speed drifts. Draws and evaluation are outside the timing.
+Per network and number of threads: the plain loop, one module and one AdamW per expert; the same loop split over as many
+processes with one thread each, as joblib would, but without its dispatching; every engine of `difficulty.engines` that
+fits, in one process; and what ``choose_engine`` picks, in as many processes as threads, as ``difficulty measure
+--workers`` runs it.
+
+Each round times every contender once, in turn, on the same batches: x0, noise and timesteps of the experts' own tasks,
+drawn beforehand. Reported are the median time per expert and iteration, and the ratio to the plain loop within a round,
+which holds when the machine's speed drifts, as median and range over the rounds. Draws and evaluation are outside.
+
+``gflops`` are those of the layers as torch counts them for the plain loop, forward and backward, per second; beside
+them stands what one large matrix product reaches on the same threads. ``mb`` is the memory that the experts take,
+weights, moments and activations, summed over processes, without the interpreter and its libraries.
+
+The table is written as table.csv, one row per contender, replacing rows of the networks and threads that were timed.
 """
 
 import argparse
+import multiprocessing
+import os
+import platform
+import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import joblib
+import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.datasets import load_dataset
-from difficulty.engines import ENGINES
+from difficulty.engines import ENGINES, Bank, choose_engine
+from difficulty.errors import InputError
 from difficulty.experts import ExpertPlan, build_expert
 from difficulty.process import get_process
+from difficulty.records import read_table, write_table
 
 EXPERTS, BATCH = 20, 128
+# Data, network, iterations in a round.
 CASES = {
-    "MLP 2-D": ("grid-2d", "mlp:width=64"),
-    "MLP 64-D": ("digits-mixture", "mlp"),
-    "small UNet 8x8": ("digits", "unet:width=16"),
-    "tiny DiT 8x8": ("digits", "dit:width=32"),
+    "MLP 2-D": ("grid-2d", "mlp:width=64", 40),
+    "MLP 64-D": ("digits-mixture", "mlp", 20),
+    "small UNet 8x8": ("digits", "unet:width=16", 1),
+    "tiny DiT 8x8": ("digits", "dit:width=32", 1),
 }
+PLAIN = "plain loop"
+WARM_UP = 2
 
 
-def plain_loop(denoisers, x, t, target, iterations):
+def fresh(case, experts):
+    """Untrained experts of a case with batches of their tasks: x (E, B, *), t (E, B), target (E, B, *)."""
+    data, network, _ = CASES[case]
+    dataset = load_dataset(data)
+    members = [build_expert(dataset, get_process("vp-linear"), ExpertPlan(network=network), 0) for _ in experts]
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(EXPERTS, BATCH, *dataset.shape, generator=generator)[experts] for _ in range(2))
+    position = torch.randint(1, 1001 // EXPERTS + 1, (EXPERTS, BATCH), generator=generator)
+    t = (position + 1000 // EXPERTS * torch.arange(EXPERTS)[:, None])[experts]
+    return members, x, t, target
+
+
+def plain_loop(case, experts):
     """One optimizer per expert, one expert after the other."""
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.0) for one in denoisers]
+    members, x, t, target = fresh(case, experts)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.0) for one in members]
 
-    def run():
+    def run(iterations):
         for _ in range(iterations):
-            for k, (one, optimizer) in enumerate(zip(denoisers, optimizers, strict=True)):
+            for k, (one, optimizer) in enumerate(zip(members, optimizers, strict=True)):
                 optimizer.zero_grad()
                 (one(x[k], t[k]) - target[k]).square().mean().backward()
                 optimizer.step()
@@ -43,79 +78,196 @@ def plain_loop(denoisers, x, t, target, iterations):
     return run
 
 
-def _worker(denoisers, x, t, target, iterations):
-    torch.set_num_threads(1)
-    plain_loop(denoisers, x, t, target, iterations)()
+def together(case, experts, name, processes=1, compiled=False):
+    """An engine of the project."""
+    members, x, t, target = fresh(case, experts)
+    choice = chosen(case, name, processes)
+    bank = Bank(members, choice.engine, min(choice.block, len(members)), compiled=compiled)
+    optimizer = torch.optim.AdamW(bank.leaves, lr=1e-3, weight_decay=0.0, fused=True)
 
-
-def processes(denoisers, x, t, target, iterations, workers):
-    """The plain loop on a share of the experts in each of the processes, which are started once and kept."""
-    shares = [list(range(w, EXPERTS, workers)) for w in range(workers)]
-    pool = joblib.Parallel(n_jobs=workers)
-
-    def run():
-        pool(
-            joblib.delayed(_worker)([denoisers[k] for k in share], x[share], t[share], target[share], iterations)
-            for share in shares
-        )
-
-    return run
-
-
-def engine(name, denoisers, x, t, target, iterations):
-    """One of the project's engines."""
-    bank = ENGINES[name](denoisers)
-    optimizer = torch.optim.AdamW(bank.parameters.values(), lr=1e-3, weight_decay=0.0, fused=True)
-
-    def run():
+    def run(iterations):
         for _ in range(iterations):
             optimizer.zero_grad()
-            bank.backward(x, t, target)
+            for block, own in bank.slices():
+                block.backward(x[own], t[own], target[own])
             optimizer.step()
 
     return run
 
 
-def measure(data, network, threads, repeats, iterations):
-    """Seconds per expert and iteration, a list per contender."""
-    torch.set_num_threads(threads)
+def chosen(case, name, processes):
+    """What ``choose_engine`` says."""
+    data, network, _ = CASES[case]
     dataset, process = load_dataset(data), get_process("vp-linear")
     plan = ExpertPlan(network=network)
+    return choose_engine(
+        build_expert(dataset, process, plan, 0), dataset.shape, batch=BATCH, experts=EXPERTS,
+        iterations=plan.iterations[-1], engine=name, processes=processes,
+    )  # fmt: skip
 
-    def fresh():
-        return [build_expert(dataset, process, plan, 0) for _ in range(EXPERTS)]
 
-    generator = torch.Generator().manual_seed(0)
-    x, target = (torch.randn(EXPERTS, BATCH, *dataset.shape, generator=generator) for _ in range(2))
-    t = torch.randint(1, 1001, (EXPERTS, BATCH), generator=generator)
-    contenders = {"plain loop": plain_loop(fresh(), x, t, target, iterations)}
+def _serve(connection, make, case, share, arguments):
+    torch.set_num_threads(1)
+    run = make(case, share, *arguments)
+    while iterations := connection.recv():
+        run(iterations)
+        connection.send(True)
+
+
+class OverProcesses:
+    """A contender on a share of the experts in each of the processes, which are started once and kept."""
+
+    def __init__(self, make, case, workers, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.connections = []
+        for w in range(workers):
+            share = list(range(w * EXPERTS // workers, (w + 1) * EXPERTS // workers))
+            own, other = context.Pipe()
+            context.Process(target=_serve, args=(other, make, case, share, arguments), daemon=True).start()
+            self.connections.append(own)
+
+    def __call__(self, iterations):
+        for connection in self.connections:
+            connection.send(iterations)
+        for connection in self.connections:
+            connection.recv()
+
+    def close(self):
+        for connection in self.connections:
+            connection.send(0)
+
+
+def contenders(case, threads, compiled):
+    """Name to (function that makes it, arguments, processes)."""
+    found = {PLAIN: (plain_loop, (), 1)}
     if threads > 1:
-        contenders["processes"] = processes(fresh(), x, t, target, iterations, threads)
-    contenders |= {name: engine(name, fresh(), x, t, target, iterations) for name in ENGINES}
-    times = {name: [] for name in contenders}
-    for round_number in range(repeats + 1):
-        for name, run in contenders.items():
+        found[f"{PLAIN}, {threads} processes"] = (plain_loop, (), threads)
+    for name in ENGINES:
+        try:
+            chosen(case, name, 1)
+        except InputError:
+            continue
+        found[name] = (together, (name,), 1)
+        if compiled and name != "loop":
+            found[f"{name}, compiled"] = (together, (name, 1, True), 1)
+    if threads > 1:
+        found[f"{chosen(case, 'auto', threads).engine}, {threads} processes"] = (together, ("auto", threads), threads)
+    return found
+
+
+def megabytes(make, case, arguments, processes):
+    """Growth of the peak memory of a forked process that runs the contender, times the processes."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        plain_loop(case, [0])(1)  # loads data and libraries
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        make(case, list(range(EXPERTS // processes)), *arguments)(2)
+        os.write(writing, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        kilobytes = int(stream.read())
+    os.waitpid(child, 0)
+    return processes * kilobytes / 1024
+
+
+def flops_per_iteration(case):
+    """Of one expert, forward and backward."""
+    (one,), x, t, target = fresh(case, [0])
+    with FlopCounterMode(display=False) as counter:
+        (one(x[0], t[0]) - target[0]).square().mean().backward()
+    return counter.get_total_flops()
+
+
+def matrix_gflops():
+    """What one large product of matrices reaches."""
+    a = torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e9
+
+
+def measure(case, threads, rounds, compiled, memory):
+    """One row per contender."""
+    torch.set_num_threads(threads)
+    iterations = CASES[case][2]
+    kinds = contenders(case, threads, compiled)
+    runs = {
+        name: make(case, list(range(EXPERTS)), *arguments)
+        if processes == 1
+        else OverProcesses(make, case, processes, *arguments)
+        for name, (make, arguments, processes) in kinds.items()
+    }
+    times = {name: [] for name in runs}
+    for round_number in range(rounds + WARM_UP):
+        for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            if round_number:  # the first round warms up
+            run(iterations)
+            if round_number >= WARM_UP:
                 times[name].append((time.perf_counter() - start) / iterations / EXPERTS)
-    return times
+    for run in runs.values():
+        if isinstance(run, OverProcesses):
+            run.close()
+    peak, flops = matrix_gflops(), flops_per_iteration(case)
+    rows = []
+    for name, values in times.items():
+        ratios = sorted(a / b for a, b in zip(times[PLAIN], values, strict=True))
+        median = statistics.median(values)
+        rows.append(
+            {
+                "network": case,
+                "threads": threads,
+                "contender": name,
+                "ms": round(1e3 * median, 4),
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_low": round(ratios[0], 2),
+                "ratio_high": round(ratios[-1], 2),
+                "rounds": rounds,
+                "gflops": round(flops / median / 1e9, 1),
+                "gflops_matrix": round(peak, 1),
+                "mb": round(memory[name], 1),
+                "torch": torch.__version__,
+                "processor": platform.processor() or platform.machine(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true", help="also the compiled engines (a minute each)")
+    parser.add_argument("--out", type=Path, default=Path("results/experts-speed"))
     arguments = parser.parse_args()
-    print(f"{'network':16} {'threads':>7} {'contender':12} {'ms/expert-iteration':>20} {'times the loop speed':>21}")
-    for label, (data, network) in CASES.items():
-        for threads in arguments.threads:
-            times = measure(data, network, threads, arguments.repeats, arguments.iterations)
-            for name, values in times.items():
-                ratio = statistics.median(a / b for a, b in zip(times["plain loop"], values, strict=True))
-                print(f"{label:16} {threads:7} {name:12} {1e3 * statistics.median(values):20.3f} {ratio:21.2f}")
+    cells = [(case, threads) for case in arguments.networks for threads in arguments.threads]
+    # Before the first parallel region: a forked process cannot use threads that its parent started.
+    torch.set_num_threads(1)
+    memory = {
+        (case, threads): {
+            name: megabytes(make, case, rest, processes)
+            for name, (make, rest, processes) in contenders(case, threads, arguments.compiled).items()
+        }
+        for case, threads in cells
+    }
+    path = arguments.out / "table.csv"
+    table = read_table(path) if path.exists() else pd.DataFrame()
+    for case, threads in cells:
+        rows = measure(case, threads, arguments.rounds, arguments.compiled, memory[case, threads])
+        print(rows.drop(columns=["rounds", "torch", "processor"]).to_string(index=False), flush=True)
+        if len(table):
+            table = table[(table["network"] != case) | (table["threads"] != threads)]
+        table = pd.concat([table, rows], ignore_index=True)
+        order = {name: place for place, name in enumerate(CASES)}
+        table = table.sort_values(["network", "threads"], key=lambda c: c.map(order).fillna(c), kind="stable")
+        write_table(path, table)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,7 +39,7 @@ CACHE_BYTES = 4 * 2**20
 MEMORY_SHARE = 0.6
 # Per core, with small matrices, forward and backward; and what starting a process costs.
 FLOPS_PER_SECOND = 4e10
-WORTH_A_PROCESS_SECONDS = 30.0
+WORTH_A_PROCESS_SECONDS = 15.0
 
 
 def batched(template: Denoiser, experts: int) -> Program:

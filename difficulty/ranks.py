@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,6 +129,7 @@ def helpers(world: int, job: Any) -> Iterator[Ranks]:
         ]  # fmt: skip
         try:
             torch.set_num_threads(1)
+            _await(started, path)
             ranks = _meet(0, world, path)
             ranks.share(job)
             yield ranks
@@ -142,6 +144,14 @@ def helpers(world: int, job: Any) -> Iterator[Ranks]:
                 dist.destroy_process_group()
 
 
+def _await(started: list[subprocess.Popen[bytes]], path: str) -> None:
+    """Wait until every helper has come up; the rendezvous itself would wait for ever for one that did not."""
+    while not all(Path(f"{path}.{rank}").exists() for rank in range(1, len(started) + 1)):
+        if any(process.poll() is not None for process in started):
+            raise RuntimeError("a helper process ended before it began; what it had to say is on stderr")
+        time.sleep(0.02)
+
+
 def _meet(rank: int, world: int, path: str) -> Ranks:
     dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world, timeout=PATIENCE)
     return Ranks(rank, world)
@@ -151,6 +161,7 @@ def help_out(rank: int, world: int, path: str) -> None:
     """What the process of a helper does: take the job from rank 0 and do it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches rank 0, which ends its helpers
     torch.set_num_threads(1)
+    Path(f"{path}.{rank}").touch()
     ranks = _meet(rank, world, path)
     job = ranks.share(None)
     job(ranks)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from difficulty import engines
+from difficulty import engines, ranks
 from difficulty.convergence import convergence_table, loss_table
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
@@ -68,6 +68,15 @@ def test_two_processes_give_the_numbers_of_one_which_can_finish_what_they_began(
     both = train_experts(GRID, PROCESS, TASKS, PLAN, processes=2)
     close(both, whole)
     assert both.engine.processes == 2
+
+
+@LINUX
+@pytest.mark.parametrize("broken", ["raise SystemExit(1)", ranks.HELPER])
+def test_a_helper_that_ends_before_its_time_ends_the_run(monkeypatch, broken):
+    monkeypatch.setattr(ranks, "HELPER", broken)
+    # The helper cannot do this job: Ranks have no length.
+    with pytest.raises(RuntimeError), ranks.helpers(2, len) as team:
+        team.gather(0)
 
 
 @LINUX
