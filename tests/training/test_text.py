@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers_configs import TEXT, UNET
 
 from difficulty.datasets import load_dataset, split_samples
 from difficulty.errors import InputError
@@ -291,3 +292,23 @@ def test_captioned_digits_are_the_digits_described_by_their_numeral():
     assert len(unseen) == 40
     assert not unseen & {*data.captions, *data.heldout_captions}
     assert len(seen_captions(data)) == 80
+
+
+def test_captions_reach_a_diffusers_network_by_its_own_inputs(halves, process, table, tmp_path):
+    pytest.importorskip("diffusers")
+    (tmp_path / "text.json").write_text(json.dumps(TEXT | {"sample_size": 4, "cross_attention_dim": 64}))
+    plan = TrainPlan(**(vars(PLAN) | {"network": f"diffusers:{tmp_path}/text.json", "steps": 2, "batch": 8}))
+    trainer = Trainer(halves, process, plan, text=table)
+    trainer.step()
+    keys = trainer.denoiser.network.network.model.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight
+    assert float(keys.grad.abs().sum()) > 0
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([40, 40])
+    left, right = (given(trainer.denoiser, table.of([caption] * 2)) for caption in (LEFT[0], RIGHT[0]))
+    assert not torch.allclose(left.eps(x, t), right.eps(x, t), atol=1e-6)
+    assert torch.allclose(trainer.denoiser.eps(x, t), given(trainer.denoiser, table.of([""] * 2)).eps(x, t), atol=1e-5)
+    (tmp_path / "other.json").write_text(json.dumps(TEXT))
+    (tmp_path / "deaf.json").write_text(json.dumps(UNET | {"sample_size": 4}))
+    for name, message in (("other", "tokens of width 6, but the text encoder gives 64"), ("deaf", "takes no text")):
+        plan = TrainPlan(**(vars(PLAN) | {"network": f"diffusers:{tmp_path}/{name}.json"}))
+        with pytest.raises(InputError, match=message):
+            Trainer(halves, process, plan, text=table)
