@@ -2,26 +2,34 @@
 
 The reference is the loop of the diffusers training tutorial: accelerate, DDPMScheduler.add_noise, torch.randint for t,
 AdamW, gradient clipping, a cosine learning rate, EMAModel, and a DataLoader; on the same network, batch and machine.
-Blocks of both alternate, so that a busy machine disturbs both alike; medians over the blocks are printed.
+Blocks of both alternate, so that a busy machine disturbs both alike; speeds are paired ratios with 95 % intervals.
 
-    python benchmarks/trainer.py [--steps 200] [--blocks 5] [--threads 1]
+    python benchmarks/trainer.py --out results/trainer-speed
+    python benchmarks/trainer.py --device cuda --precision bf16 --compile
 """
 
 import argparse
 import resource
-import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy import stats
 from torch import nn
 
 from difficulty.datasets import load_dataset
 from difficulty.networks import build_network
 from difficulty.process import get_process
+from difficulty.records import finish_run, start_run, write_table
 from training.curriculum import interval_curriculum
+from training.plan import PRECISIONS, TrainPlan
 from training.timesteps import TimestepSampler
-from training.trainer import Trainer, TrainPlan
+from training.trainer import Trainer
 
 BATCH = 128
 NETWORKS = ("mlp", "unet", "dit")
@@ -39,8 +47,11 @@ class IndexedNetwork(nn.Module):
         return self.network(x, self.log_snr[index])
 
 
-def ours(data, process, network: str, curriculum=None) -> Callable[[int], None]:
-    trainer = Trainer(data, process, TrainPlan(steps=10**6, batch=BATCH, network=network), curriculum)
+def ours(data, process, network: str, options, curriculum=None) -> Callable[[int], None]:
+    plan = TrainPlan(
+        steps=10**6, batch=BATCH, network=network, precision=options.precision, compile=options.compile
+    )
+    trainer = Trainer(data, process, plan, curriculum, device=options.device)
 
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -49,7 +60,7 @@ def ours(data, process, network: str, curriculum=None) -> Callable[[int], None]:
     return run
 
 
-def reference(data, process, network: str) -> Callable[[int], None]:
+def reference(data, process, network: str, options) -> Callable[[int], None]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -57,7 +68,11 @@ def reference(data, process, network: str) -> Callable[[int], None]:
 
     log_snr = torch.as_tensor(process.log_snr(range(1, process.T + 1)), dtype=torch.float32)
     model = IndexedNetwork(build_network(network, data.shape, 0), log_snr)
-    accelerator, scheduler = Accelerator(cpu=True), DDPMScheduler(num_train_timesteps=process.T)
+    if options.compile:
+        model.compile()
+    mixed = "no" if options.precision == "fp32" else options.precision
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=mixed)
+    scheduler = DDPMScheduler(num_train_timesteps=process.T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rate = get_cosine_schedule_with_warmup(optimizer, 50, 10**6)
     loader = torch.utils.data.DataLoader(
@@ -90,17 +105,30 @@ def reference(data, process, network: str) -> Callable[[int], None]:
     return run
 
 
-def milliseconds(runs: dict[str, Callable[[int], None]], steps: int, blocks: int) -> dict[str, float]:
-    """Median time of one step of every run, in alternating blocks."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+def paired(runs: dict[str, Callable[[int], None]], steps: int, blocks: int) -> pd.DataFrame:
+    """Milliseconds per step of every run, one row per block; within a block the order alternates."""
     for run in runs.values():
-        run(10)
-    for _ in range(blocks):
-        for name, run in runs.items():
+        run(min(steps, 10))
+    rows = []
+    for block in range(blocks):
+        row = {}
+        for name in list(runs)[:: -1 if block % 2 else 1]:
             begin = time.perf_counter()
-            run(steps)
-            taken[name].append((time.perf_counter() - begin) / steps * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
+            runs[name](steps)
+            row[name] = (time.perf_counter() - begin) / steps * 1e3
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def ratio(over: pd.Series, under: pd.Series) -> dict[str, float]:
+    """Geometric mean of the paired ratios with its 95 % interval, Student's t on their logarithms."""
+    logs = np.log(over / under)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
+    return {
+        "speed": float(np.exp(logs.mean())),
+        "ci_low": float(np.exp(logs.mean() - half)),
+        "ci_high": float(np.exp(logs.mean() + half)),
+    }
 
 
 def draws(process, curriculum) -> Callable[[int], None]:
@@ -123,43 +151,78 @@ def randint(process) -> Callable[[int], None]:
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def contestants(network: str, options: argparse.Namespace) -> dict[str, Callable[[], Callable[[int], None]]]:
     data, process = load_dataset("digits"), get_process("vp-linear")
     # tau is never reached: every step is in a stage in which the rule reads the loss
     patient = interval_curriculum(process, k=20, pacing_options={"tau": 10**6})
-    print(f"digits, batch {BATCH}, {options.threads} thread(s), {options.blocks} blocks of {options.steps} steps")
-    print(f"{'network':8} {'diffusers':>10} {'trainer':>10} {'+patience':>10} {'samples/s':>10} {'speed':>7}")
-    steps_ms = {}
+    return {
+        "diffusers": lambda: reference(data, process, network, options),
+        "trainer": lambda: ours(data, process, network, options),
+        "patience": lambda: ours(data, process, network, options, patient),
+    }
+
+
+def peak_gib(network: str, name: str, options: argparse.Namespace) -> float:
+    """Peak memory of a process that runs a few steps: of the device where it is a GPU, else resident."""
+    command = [sys.executable, __file__, "--memory", network, name, "--threads", str(options.threads)]
+    command += ["--device", options.device, "--precision", options.precision]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(network: str, name: str, options: argparse.Namespace) -> None:
+    import accelerate  # noqa: F401 - both contestants with the same libraries in memory
+    import diffusers  # noqa: F401
+
+    contestants(network, options)[name]()(5)
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if options.device != "cpu" else 0.0
+    print(on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="of the mlp per block; a tenth of it of the others")
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for speed.csv, overhead.csv and run.json")
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print_peak(*options.memory, options)
+        return
+    config = {name: value for name, value in vars(options).items() if name not in ("out", "memory")}
+    run = start_run(options.out, "trainer-speed", config) if options.out else None
+    process = get_process("vp-linear")
+    patient = interval_curriculum(process, k=20, pacing_options={"tau": 10**6})
+    cost = paired(
+        {"randint": randint(process), "uniform": draws(process, None), "patience": draws(process, patient)}, 2000, 15
+    )
+    speed, overhead = [], []
     for network in NETWORKS:
         steps = options.steps if network == "mlp" else max(options.steps // 10, 2)
-        ms = milliseconds(
-            {
-                "diffusers": reference(data, process, network),
-                "trainer": ours(data, process, network),
-                "patience": ours(data, process, network, patient),
-            },
-            steps,
-            options.blocks,
+        made = {name: make() for name, make in contestants(network, options).items()}
+        ms = paired(made, steps, options.blocks)
+        median = ms.median()
+        memory = {f"{name}_gib": peak_gib(network, name, options) for name in ("diffusers", "trainer")}
+        speed.append(
+            {"network": network, **{f"{name}_ms": median[name] for name in ms}}
+            | {"samples_per_second": BATCH / median["trainer"] * 1e3, **ratio(ms["diffusers"], ms["trainer"]), **memory}
         )
-        steps_ms[network] = ms["trainer"]
-        print(
-            f"{network:8} {ms['diffusers']:7.2f} ms {ms['trainer']:7.2f} ms {ms['patience']:7.2f} ms "
-            f"{BATCH / ms['trainer'] * 1e3:10.0f} {ms['diffusers'] / ms['trainer']:6.2f}x"
-        )
-    cost = milliseconds(
-        {"randint": randint(process), "uniform": draws(process, None), "patience": draws(process, patient)}, 2000, 5
-    )
-    print("draw of t per step: " + ", ".join(f"{name} {1e3 * value:.0f} us" for name, value in cost.items()))
-    for network, ms in steps_ms.items():
-        share = 100 * (cost["patience"] - cost["randint"]) / ms
-        print(f"  sampler and pacing over torch.randint, of a step of {network}: {share:.2f} %")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        for pacing in ("uniform", "patience"):
+            micros = 1e3 * (cost[pacing] - cost["randint"]).median()
+            share = micros / 1e3 / median["trainer"]
+            overhead.append({"network": network, "pacing": pacing, "microseconds": micros, "share_of_step": share})
+    tables = {"speed": pd.DataFrame(speed), "overhead": pd.DataFrame(overhead)}
+    for table in tables.values():
+        print(table.round(4).to_string(index=False))
+    if options.out:
+        for name, table in tables.items():
+            write_table(options.out / f"{name}.csv", table)
+        finish_run(options.out, run)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-BLOCK = 128  # steps whose keys are made at once
+BLOCK = 1024  # steps whose keys are made at once
 
 
 def stream(*counters: int) -> np.random.Generator:

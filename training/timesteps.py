@@ -10,6 +10,7 @@ One cluster of all tasks and no curriculum at all go through the same arithmetic
 
 __all__ = ["StageRecord", "TimestepSampler", "coverage_rows", "stage_rows"]
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -124,7 +125,7 @@ class TimestepSampler:
         u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
         if self.stratified:
             u = (np.arange(batch * world) + u) / (batch * world)
-        whole = np.searchsorted(self.cdf, u, side="right")
+        whole = self.cdf.searchsorted(u, side="right")
         self.counts += np.bincount(whole, minlength=self.T + 1)
         t = torch.from_numpy(whole[rank * batch : (rank + 1) * batch])
         return t.to(device), self.weight_of_t[t].to(device)
@@ -138,7 +139,7 @@ class TimestepSampler:
             self._leave(step, reason)
             self._enter(self.stage + 1, step)
         phase = self._phase(step)
-        if phase != self._phase(self.records[-1].start):
+        if phase != self.phase:
             self._leave(step, f"base density {phase + 1} of {len(self.bases)} takes over")
             self._open_record(self.stage, step)
 
@@ -152,7 +153,8 @@ class TimestepSampler:
         """
         # Reading a loss waits for the accelerator, so it is done only for rules that need it.
         if self.pacing.wants_loss and self.stage < self.stages - 1:
-            self.pacing.observe(float(loss.detach().float().mean()) if isinstance(loss, Tensor) else float(loss))
+            mean = loss.detach().float().mean() if isinstance(loss, Tensor) and loss.ndim else loss
+            self.pacing.observe(float(mean))
 
     @property
     def heldout_every(self) -> int:
@@ -235,7 +237,7 @@ class TimestepSampler:
 
     def _phase(self, step: int) -> int:
         """Number of the base density of an iteration."""
-        return int(np.searchsorted(self.phase_starts, step, side="right")) - 1
+        return bisect.bisect_right(self.phase_starts, step) - 1
 
     def _enter(self, stage: int, step: int) -> None:
         self.pacing.begin_stage(stage)
@@ -254,10 +256,11 @@ class TimestepSampler:
         return np.where(self.stage_masks[record.stage], self.bases[self._phase(record.start)], 0.0)
 
     def _set_density(self) -> None:
+        self.phase = self._phase(self.records[-1].start)
         cdf = np.cumsum(self._restricted(self.records[-1]))
         # Divided by its own end, so that the end is exactly 1 and no u < 1 falls behind it.
         self.cdf = cdf / cdf[-1]
-        base = self.bases[self._phase(self.records[-1].start)]
+        base = self.bases[self.phase]
         with np.errstate(divide="ignore"):
             table = np.where(base > 0, 1 / (self.T * base), 0.0) if self.reweight else np.ones(self.T + 1)
         self.weight_of_t = torch.as_tensor(table, dtype=torch.float32)
