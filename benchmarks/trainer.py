@@ -10,6 +10,7 @@ Blocks of both alternate, so that a busy machine disturbs both alike; speeds are
 
 import argparse
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -222,7 +223,7 @@ def main() -> None:
     if options.out:
         for name, table in tables.items():
             write_table(options.out / f"{name}.csv", table)
-        finish_run(options.out, run)
+        finish_run(options.out, run, command=shlex.join(["python", "benchmarks/trainer.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ with (a, b) of the prediction (`difficulty/prediction.py`), so one formula per p
     p2               SNR / (k + SNR)^gamma      Choi et al. 2022, arXiv 2204.00227, eq. 8; k = 1, gamma = 1
     edm              SNR + 1/sd^2               Karras et al. 2022, table 1, lambda(sigma); sd = 0.5
 
-``constant`` is no function of log-SNR alone: it puts weight one on the network's own output, the plain loss.
+``constant`` is no function of log-SNR alone: it puts weight one on the network's own output, the plain loss. A factor
+per noise level that is learned beside the network is in `uncertainty.py`.
 SNR 0 and infinity are taken as limits: both scales are kept at least e^-40 of the other.
 """
 
