@@ -27,14 +27,14 @@ from training.trainer import Trainer, TrainPlan
 
 # data, network, tasks, budget of the experts, steps of the run
 CASES = [
-    ("grid-2d", "mlp:width=64", 20, 100, 200),
-    ("digits", "mlp:width=64", 20, 100, 200),
-    ("digits", "mlp", 5, 100, 200),
-    ("digits", "mlp", 20, 100, 200),
-    ("digits", "mlp:width=512", 10, 20, 50),
-    ("digits", "unet:width=16", 4, 20, 10),
-    ("digits", "dit:width=32", 4, 20, 10),
-    ("photo-patches-16", "unet:width=16", 2, 20, 4),
+    ("grid-2d", "mlp:width=64", 20, 50, 200),
+    ("digits", "mlp:width=64", 20, 50, 200),
+    ("digits", "mlp", 5, 50, 200),
+    ("digits", "mlp", 20, 50, 200),
+    ("digits", "mlp:width=512", 5, 20, 50),
+    ("digits", "unet:width=16", 2, 20, 10),
+    ("digits", "dit:width=32", 2, 20, 10),
+    ("photo-patches-16", "unet:width=16", 1, 20, 5),
 ]
 EVALUATED = 20  # budget of the brief training whose evaluations are timed
 
@@ -61,7 +61,7 @@ def one_round(data_name, network, tasks, budget, steps):
         trainer.step()
     stepped = cpu_seconds(lambda: [trainer.step() for _ in range(steps)]) / steps
     judge = SampleJudge(data.train)
-    count = 1000 if network.startswith("mlp") else 50
+    count = 1000 if network.startswith("mlp") else 20
     drawn = cpu_seconds(lambda: draw_samples(trainer.ema, count, data.shape, seed=0)) * 1000 / count
     samples = torch.randn(1000, *data.shape)
     judged = drawn + cpu_seconds(lambda: judge(samples))
@@ -74,7 +74,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results/cost"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run = start_run(arguments.out, "cost", {"rounds": arguments.rounds, "cases": [list(case) for case in CASES]})
+    command = f"python benchmarks/cost.py --rounds {arguments.rounds}"
+    run = start_run(arguments.out, "cost", {"command": command, "cases": [list(case) for case in CASES]})
     found = {case: [] for case in CASES}
     for _ in range(arguments.rounds):
         for case in CASES:

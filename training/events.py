@@ -33,7 +33,8 @@ class EventLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("TensorBoard events need tensorboard; install denoising-difficulty[tensorboard]") from None
-        self._make, self._folder, self._writer = SummaryWriter, folder, None
+        self._make, self._folder = SummaryWriter, folder
+        self._writer: Any = None
         self._step = 0
 
     def iteration(self, trainer: Trainer, loss: float) -> None:

@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from difficulty.convergence import DEFINITIONS
@@ -74,3 +75,18 @@ def test_every_measure_that_exists_is_defined_and_no_other():
     assert rows == {*DEFINITIONS, *columns, "nats", "loss", *DISTANCES, *FEATURES}
     for estimator in ESTIMATORS:
         assert f"`{estimator}`" in MEASURES
+
+
+SCALING = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def test_stated_costs_are_those_of_the_committed_table():
+    table = pd.read_csv(RESULTS / "cost" / "cost.csv")
+    stated = re.findall(r"^\| `([\w-]+)` \| (\d+) \| `(\S+)` \| (\d+) \| (\d+) \| (.*?) \|$", SCALING, re.M)
+    assert len(stated) == len(table)
+    for (data, dimensions, network, parameters, tasks, costs), row in zip(stated, table.itertuples(), strict=True):
+        assert (data, network) == (row.data, row.network)
+        assert (int(dimensions), int(parameters), int(tasks)) == (row.dimensions, row.parameters, row.tasks)
+        own = (row.expert_ms_per_iteration, row.expert_s_evaluations, row.run_ms_per_step, row.run_s_judging)
+        assert costs.split(" | ") == [f"{value:.2g}" for value in own]
