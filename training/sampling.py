@@ -133,20 +133,18 @@ class Sampler:
         solve: integrates from x at the first t of the grid to t = 0.
         spacing: (process, start, steps) -> real t from start to 1, shape (steps,), steps >= 2.
         divides_by_alpha: whether it cannot start where alpha = 0.
-        evaluations: network evaluations per step.
     """
 
     solve: Solve
     spacing: Callable[[Process, int, int], Array] = _even_in_t
     divides_by_alpha: bool = False
-    evaluations: int = 1
 
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler(_euler),
     "euler": Sampler(_euler),
-    "heun": Sampler(_heun, evaluations=2),
-    "edm-heun": Sampler(_edm_heun, _karras, divides_by_alpha=True, evaluations=2),
+    "heun": Sampler(_heun),
+    "edm-heun": Sampler(_edm_heun, _karras, divides_by_alpha=True),
     "ancestral": Sampler(_ancestral),
     "dpm-solver++": Sampler(_dpm_solver, divides_by_alpha=True),
 }
