@@ -9,20 +9,28 @@ non-accumulating   each cluster alone, in turn
 first-then-all     the first cluster, then everything
 static             the histogram of t that `curriculum` had in the run of the same seed, without any order
 paper              20 log-SNR intervals, noisiest first, patience as published (``PAPER_SHARE`` of the budget)
+measured           the recipe of `recipe.py`: a density from the measured difficulty that changes over the run;
+                   ``measured:NAME`` is another of its designs
+measured-static    the histogram of t that `measured` had in the run of the same seed, without any order
 log-snr, logit-normal, log-normal         another base density
 min-snr, p2                               another loss weight
-curriculum+min-snr, curriculum+p2         both
+curriculum+WEIGHT, measured+WEIGHT        with any loss weight, as in ``curriculum+soft-min-snr:gamma=5``
+FILE.json          the curriculum of a file
 """
 
 __all__ = ["ARMS", "ArmSpec", "choose_arms"]
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from difficulty.errors import InputError, choose
 from difficulty.process import Process
+from difficulty.ranking import Ranking
 from training.clusters import order_clusters
 from training.curriculum import Cluster, Curriculum, interval_curriculum
+from training.recipe import CHOSEN, measured_recipe
+from training.weights import WEIGHTS
 
 PAPER_INTERVALS = 20
 PAPER_SHARE = 0.1
@@ -92,30 +100,48 @@ CURRICULUM_ARMS: Mapping[str, Callable[[Curriculum], ArmSpec]] = {
     "non-accumulating": lambda curriculum: ArmSpec(curriculum.with_clusters(curriculum.clusters, accumulate=False)),
     "first-then-all": _first_then_all,
     "static": lambda curriculum: ArmSpec(exposure_of="curriculum"),
-    "curriculum+min-snr": lambda curriculum: ArmSpec(curriculum, weight="min-snr"),
-    "curriculum+p2": lambda curriculum: ArmSpec(curriculum, weight="p2"),
 }
 PROCESS_ARMS: Mapping[str, Callable[[Process, int], ArmSpec]] = {"paper": _paper}
-ARMS: tuple[str, ...] = (*PLAIN_ARMS, *CURRICULUM_ARMS, *PROCESS_ARMS)
+MEASURED, MEASURED_STATIC = "measured", "measured-static"
+ARMS: tuple[str, ...] = (*PLAIN_ARMS, *CURRICULUM_ARMS, *PROCESS_ARMS, MEASURED, MEASURED_STATIC)
 
 
 def choose_arms(
-    names: Sequence[str], curriculum: Curriculum | None, process: Process, steps: int
+    names: Sequence[str],
+    curriculum: Curriculum | None,
+    process: Process,
+    steps: int,
+    ranking: Ranking | None = None,
 ) -> dict[str, ArmSpec]:
-    """Arms by name.
+    """Arms by name, in the forms that stand at the head of this file.
 
     Raises:
-        InputError: if a name is unknown or needs a curriculum that was not given.
+        InputError: if a name is unknown or needs a curriculum or a ranking that was not given.
     """
-    arms: dict[str, ArmSpec] = {}
-    for name in names:
-        choose("arm", name, dict.fromkeys(ARMS))
-        if name in PLAIN_ARMS:
-            arms[name] = PLAIN_ARMS[name]
-        elif name in PROCESS_ARMS:
-            arms[name] = PROCESS_ARMS[name](process, steps)
-        elif curriculum is None:
-            raise InputError(f"arm {name!r} needs a curriculum; give a ranking or a curriculum.json")
-        else:
-            arms[name] = CURRICULUM_ARMS[name](curriculum)
-    return arms
+    return {name: _arm(name, curriculum, process, steps, ranking) for name in names}
+
+
+def _arm(
+    name: str, curriculum: Curriculum | None, process: Process, steps: int, ranking: Ranking | None
+) -> ArmSpec:
+    kind, plus, weight = name.partition("+")
+    if plus:
+        choose("loss weight", weight.partition(":")[0], WEIGHTS)
+        return replace(_arm(kind, curriculum, process, steps, ranking), weight=weight)
+    if name.endswith(".json"):
+        return ArmSpec(Curriculum.load(Path(name)))
+    kind, _, design = name.partition(":")
+    if kind == MEASURED:
+        if ranking is None:
+            raise InputError(f"arm {name!r} needs a ranking; give a measured one")
+        return ArmSpec(measured_recipe(ranking, process, design or CHOSEN))
+    choose("arm", name, dict.fromkeys(ARMS))
+    if name == MEASURED_STATIC:
+        return ArmSpec(exposure_of=MEASURED)
+    if name in PLAIN_ARMS:
+        return PLAIN_ARMS[name]
+    if name in PROCESS_ARMS:
+        return PROCESS_ARMS[name](process, steps)
+    if curriculum is None:
+        raise InputError(f"arm {name!r} needs a curriculum; give a ranking or a curriculum.json")
+    return CURRICULUM_ARMS[name](curriculum)

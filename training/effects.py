@@ -1,16 +1,16 @@
 """What a comparison of paired seeds shows: log-ratios with intervals, Holm-corrected p values, detectable effects.
 
-For arm a, metric m and seed s, against the baseline b,
+For arm a, metric m, learning-rate schedule and seed s, against the baseline b under the same schedule and seed,
 
     d_s = log m_a(s) - log m_b(s),      mean d,  interval  d +- t_{n-1} sd/sqrt(n),  p of the paired t-test
 
-so that -0.01 reads "1 % lower". Every metric is better when smaller. The p values of all arms and metrics of one
-comparison are corrected together (Holm 1979), A/A arms left out: they are no hypotheses but the noise floor. The
+so that -0.01 reads "1 % lower". Every metric is better when smaller. The p values of all arms, metrics and schedules of
+one comparison are corrected together (Holm 1979), A/A arms left out: they are no hypotheses but the noise floor. The
 minimal detectable effect is the |d| that a two-sided test at 5 % would find with probability 80 % at this sd and n.
 Pairing can make an effect certain that is too small to matter: one whose interval lies within +- 1 % is called so.
 """
 
-__all__ = ["EFFECT_COLUMNS", "effects", "holm", "iterations_to_baseline"]
+__all__ = ["EFFECT_COLUMNS", "effects", "holm", "iterations_to_baseline", "paired_intervals"]
 
 from collections.abc import Collection, Sequence
 
@@ -25,7 +25,8 @@ LEVEL = 0.95
 POWER = 0.80
 NEGLIGIBLE = 0.01
 EFFECT_COLUMNS = (
-    "arm", "metric", "seeds", "log_ratio", "ci_low", "ci_high", "p", "p_holm", "mde", "noise_floor", "verdict",
+    "arm", "lr_schedule", "metric", "seeds", "log_ratio", "ci_low", "ci_high", "p", "p_holm", "mde", "noise_floor",
+    "verdict",
 )  # fmt: skip
 
 
@@ -43,42 +44,53 @@ def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -
     """Paired effects of every arm on every metric.
 
     Args:
-        results: columns arm, seed, metric, value; value positive, smaller is better.
+        results: columns arm, lr_schedule, seed, metric, value; value positive, smaller is better.
         baseline: the arm that the others are compared with.
         again: arms that repeat the baseline with fresh seeds (A/A).
 
     Returns:
-        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric,
-        NaN without one. With one seed there is no interval and no verdict.
+        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric
+        and schedule, NaN without one. With one seed there is no interval and no verdict.
 
     Raises:
         InputError: if the baseline is missing, arms have different seeds, or a value is not positive.
     """
-    wide = results.pivot(index="seed", columns=["metric", "arm"], values="value")
     arms = list(dict.fromkeys(results["arm"]))
     if baseline not in arms:
         raise InputError(f"baseline {baseline!r} is not among the arms {', '.join(arms)}")
+    wide = results.pivot(index="seed", columns=["lr_schedule", "metric", "arm"], values="value")
     if not (wide > 0).all(axis=None):
         raise InputError("a metric is missing for a seed or not positive; every arm needs every seed")
+    logs = dict(zip(wide.columns, np.log(wide.to_numpy(float)).T, strict=True))
     rows = []
-    for metric in dict.fromkeys(results["metric"]):
-        logs = np.log(wide[metric])
-        for arm in arms:
-            if arm != baseline:
-                rows.append({"arm": arm, "metric": metric} | _paired((logs[arm] - logs[baseline]).to_numpy()))
+    for schedule in dict.fromkeys(results["lr_schedule"]):
+        for metric in dict.fromkeys(results["metric"]):
+            for arm in arms:
+                if arm != baseline:
+                    key = {"arm": arm, "lr_schedule": schedule, "metric": metric}
+                    rows.append(key | _paired(logs[schedule, metric, arm] - logs[schedule, metric, baseline]))
     table = pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
     judged = ~table["arm"].isin(list(again)) & table["p"].notna()
     table["p_holm"] = np.nan
     table.loc[judged, "p_holm"] = holm(table.loc[judged, "p"].tolist())
-    half_width = 0.5 * (table["ci_high"] - table["ci_low"])[table["arm"].isin(list(again))]
-    floor = dict(zip(table["metric"][half_width.index], half_width, strict=True))
-    table["noise_floor"] = table["metric"].map(floor).astype(float)
+    repeated = table[table["arm"].isin(list(again))]
+    half_width = (0.5 * (repeated["ci_high"] - repeated["ci_low"])).rename("noise_floor")
+    floor = repeated[["lr_schedule", "metric"]].join(half_width).drop_duplicates(["lr_schedule", "metric"])
+    table = table.merge(floor, on=["lr_schedule", "metric"], how="left")
     numbers = table[["log_ratio", "ci_low", "ci_high", "p_holm"]].to_numpy(float)
     table["verdict"] = [
         _verdict(middle, low, high, p, arm in again)
         for (middle, low, high, p), arm in zip(numbers.tolist(), table["arm"], strict=True)
     ]
     return table[list(EFFECT_COLUMNS)]
+
+
+def paired_intervals(differences: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the columns (seeds) of every row with its interval: columns difference, ci_low, ci_high."""
+    n = differences.shape[1]
+    mean = differences.mean(axis=1)
+    half = np.nan if n < 2 else stats.t.ppf(0.5 + LEVEL / 2, n - 1) * differences.std(axis=1, ddof=1) / np.sqrt(n)
+    return pd.DataFrame({"difference": mean, "ci_low": mean - half, "ci_high": mean + half})
 
 
 def _paired(d: Array) -> dict[str, float]:
@@ -105,30 +117,28 @@ def _verdict(log_ratio: float, ci_low: float, ci_high: float, p_holm: float, is_
 
 
 def iterations_to_baseline(curves: pd.DataFrame, baseline: str, metric: str) -> pd.DataFrame:
-    """At which iteration each run first reaches the baseline's final value of its seed.
+    """At which iteration each run first reaches the baseline's final value of its seed and schedule.
 
     Args:
-        curves: columns arm, seed, step, metric, value.
+        curves: columns arm, lr_schedule, seed, step, metric, value.
 
     Returns:
-        Columns arm, seed, metric, iterations, share (of the baseline's iterations), censored: True where the value was
-        not reached and iterations is the length of the run. Between two evaluations the value is interpolated
-        linearly in the iteration.
+        Columns arm, lr_schedule, seed, metric, iterations, share (of the baseline's iterations), censored: True where
+        the value was not reached and iterations is the length of the run. Between two evaluations the value is
+        interpolated linearly in the iteration.
     """
     rows = []
-    chosen = curves[curves["metric"] == metric]
-    ends = chosen[chosen["arm"] == baseline].sort_values("step").groupby("seed")["value"].last()
-    finals = dict(zip(ends.index, ends.to_numpy(float), strict=True))
-    for (arm, seed), unordered in chosen.groupby(["arm", "seed"], sort=False):
-        run = unordered.sort_values("step")
-        step, value = run["step"].to_numpy(float), run["value"].to_numpy(float)
-        reached = np.flatnonzero(value <= finals[seed])
+    chosen = curves[curves["metric"] == metric].sort_values("step", kind="stable")
+    ends = chosen[chosen["arm"] == baseline].groupby(["lr_schedule", "seed"])["value"].last().to_dict()
+    for (arm, schedule, seed), run in chosen.groupby(["arm", "lr_schedule", "seed"], sort=False):
+        step, value, final = run["step"].to_numpy(float), run["value"].to_numpy(float), ends[schedule, seed]
+        reached = np.flatnonzero(value <= final)
         if len(reached) == 0:
             at = step[-1]
         elif reached[0] == 0:
             at = step[0]
         else:
             i = reached[0]
-            at = step[i - 1] + (step[i] - step[i - 1]) * (value[i - 1] - finals[seed]) / (value[i - 1] - value[i])
-        rows.append((arm, seed, metric, at, at / step[-1], len(reached) == 0))
-    return pd.DataFrame(rows, columns=["arm", "seed", "metric", "iterations", "share", "censored"])
+            at = step[i - 1] + (step[i] - step[i - 1]) * (value[i - 1] - final) / (value[i - 1] - value[i])
+        rows.append((arm, schedule, seed, metric, at, at / step[-1], len(reached) == 0))
+    return pd.DataFrame(rows, columns=["arm", "lr_schedule", "seed", "metric", "iterations", "share", "censored"])

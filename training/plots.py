@@ -1,10 +1,8 @@
-"""Figures of training and comparison, each drawn from the CSV files of a results folder, so that it can be drawn again.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart. On every log-SNR axis noise grows to the right, with
-t on the opposite edge. Intervals are always shown.
+"""Figures of a run, and the drawing of a folder: every figure comes from the files of a results folder, so that it can
+be drawn again. Those of a comparison stand in `plots_comparison.py`.
 """
 
-__all__ = ["COMPARISON_FIGURES", "RUN_FIGURES", "draw_folder", "save_grid"]
+__all__ = ["RUN_FIGURES", "draw_folder", "save_grid"]
 
 import io
 from collections.abc import Callable, Mapping
@@ -12,155 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from difficulty.errors import InputError
 from difficulty.records import read_json, read_table, write_bytes
+from training.plot_style import COLOURS, WIDTH, grid, is_picture, mosaic, scatter, stage_panel
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
-BETTER, WORSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
 COVERAGE_PARTS = 50
-WIDTH = 8.0  # inches: readable at the width of a page
-DISTANCE_NAMES = {"fd": "Fréchet distance", "sw": "sliced Wasserstein"}
-METRIC_NAMES = {"nats": "held-out nats", "loss": "held-out loss"} | {
-    f"{short}-{features}": f"{name} ({features})"
-    for short, name in DISTANCE_NAMES.items()
-    for features in ("pca", "pixels", "digits-cnn", "inception")
-}
 
 
-def _figure(height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
-    return figure, list(axes[0])
-
-
-def _percent(log_ratio: "npt.ArrayLike") -> "np.ndarray":
-    return 100 * np.expm1(np.asarray(log_ratio, dtype=float))
-
-
-def forest(folder: Path) -> "Figure":
-    """Effect of every arm on every metric with its 95 % interval; the interval of the A/A arm as a grey band."""
-    table = read_table(folder / "effects.csv", ("arm", "metric", "log_ratio", "ci_low", "ci_high", "verdict"))
-    metrics, arms = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table["arm"]))
-    figure, axes = _figure(1.3 + 0.32 * len(arms), len(metrics))
-    for column, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
-        rows = table[table["metric"] == metric].set_index("arm")
-        for y, arm in enumerate(arms):
-            low, middle, high = _percent(rows.loc[arm, ["ci_low", "log_ratio", "ci_high"]].to_numpy(float))
-            verdict = str(rows.loc[arm, "verdict"])
-            if "A/A" in verdict:
-                ax.axvspan(low, high, color="#e4e4e4", zorder=0)
-            colour = BETTER if verdict.startswith("helps") else WORSE if verdict.startswith("hurts") else NEUTRAL
-            ax.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt")
-            ax.plot([middle], [y], "o", ms=5, color=colour, mfc=colour if colour != NEUTRAL else "white")
-        ax.axvline(0, color="black", lw=0.8)
-        ax.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms))
-        ax.set_ylim(len(arms) - 0.5, -0.5)
-        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=9)
-        ax.set_xlabel("change, %", fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.grid(axis="x", alpha=0.3)
-    seeds = int(table["seeds"].iloc[0])
-    figure.suptitle(
-        f"Against {_baseline(folder)}, {seeds} paired seeds, 95 % intervals: left of 0 is better\n"
-        "filled: significant after Holm; open: no difference shown" + ("; grey band: A/A" if _again(folder) else ""),
-        fontsize=9,
-    )
-    return figure
-
-
-def learning_curves(folder: Path) -> "Figure":
-    """Held-out nats and loss over training as % of the baseline at the same iteration: mean and interval of seeds."""
-    table = read_table(folder / "curves.csv", ("arm", "seed", "step", "metric", "value"))
-    baseline, again = _baseline(folder), _again(folder)
-    figure, axes = _figure(3.6, 2)
-    for ax, metric in zip(axes, ("nats", "loss"), strict=True):
-        wide = table[table["metric"] == metric].pivot(index=["step", "seed"], columns="arm", values="value")
-        logs = _log(wide).sub(_log(wide)[baseline], axis=0)
-        late = 0.0
-        for arm, colour in _colours(_arms(table, without=baseline), again):
-            grouped = logs[arm].groupby("step")
-            mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
-            low, high = _percent(mean - half), _percent(mean + half)
-            ax.fill_between(mean.index, low, high, color=colour, alpha=0.25, lw=0)
-            if arm not in again:
-                ax.plot(mean.index, _percent(mean), color=colour, label=arm, lw=1.5)
-            # The first evaluations, inside the first stages, would set the scale of everything after them.
-            later = slice(len(mean) // 4, None)
-            late = max(late, float(np.nanmax(np.abs([low[later], high[later], _percent(mean)[later]]))))
-        ax.axhline(0, color="black", lw=0.8)
-        ax.set_xlabel("iteration")
-        ax.set_ylabel(f"{METRIC_NAMES[metric]}, % from {baseline}", fontsize=9)
-        ax.grid(alpha=0.3)
-        if late > 0:
-            ax.set_ylim(-1.1 * late, 1.1 * late)
-    _legend(figure, axes[0], again)
-    figure.suptitle(
-        "Against the baseline at the same iteration; bands are 95 % intervals over paired seeds", fontsize=9
-    )
-    return figure
-
-
-def task_differences(folder: Path) -> "Figure":
-    """Final nats per unit log-SNR of every task minus the baseline's; the area under a line is its change in nats."""
-    table = read_table(folder / "tasks.csv", ("arm", "seed", "task", "nats_per_log_snr"))
-    bounds = read_table(folder / "task_bounds.csv", ("task", "t_first", "t_last", "log_snr_high", "log_snr_low"))
-    baseline, again = _baseline(folder), _again(folder)
-    wide = table.pivot(index=["task", "seed"], columns="arm", values="nats_per_log_snr")
-    difference = wide.sub(wide[baseline], axis=0)
-    middle = bounds[["log_snr_high", "log_snr_low"]].mean(axis=1).to_numpy()
-    figure, (ax,) = _figure(3.8)
-    for arm, colour in _colours(_arms(table, without=baseline), again):
-        grouped = difference[arm].groupby("task")
-        mean, half = grouped.mean(), _half_width(grouped.std(ddof=1).to_numpy(), grouped.size().to_numpy())
-        ax.fill_between(middle, mean - half, mean + half, color=colour, alpha=0.25, lw=0)
-        if arm not in again:
-            ax.plot(middle, mean, color=colour, label=arm, lw=1.5, marker="o", ms=3)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set_ylabel(f"nats per unit log-SNR\nminus those of {baseline}", fontsize=9)
-    _log_snr_axis(ax, middle, bounds[["t_first", "t_last"]].mean(axis=1).to_numpy())
-    _legend(figure, ax, again)
-    figure.suptitle("Where on the noise axis the arms differ: below 0 is better, bands are 95 % intervals", fontsize=9)
-    ax.grid(alpha=0.3)
-    return figure
-
-
-def stage_timeline(folder: Path) -> "Figure":
-    """When each stage of a curriculum ran, and what share of the samples each task had in it."""
-    stages = read_table(folder / "stages.csv", ("stage", "start", "end", "samples_per_task"))
-    if "arm" in stages:
-        stages = stages[(stages["seed"] == stages["seed"].min())]
-        counts = stages.groupby("arm")["stage"].max()
-        chosen = [arm for arm in dict.fromkeys(stages["arm"]) if counts[arm] > 0] or [stages["arm"].iloc[0]]
-    else:
-        stages, chosen = stages.assign(arm="run"), ["run"]
-    figure, axes = _figure(0.9 + 1.5 * len(chosen), 1) if len(chosen) == 1 else _rows(len(chosen))
-    for ax, arm in zip(axes, chosen, strict=True):
-        for row in stages[stages["arm"] == arm].itertuples():
-            counts_of_task = np.array([int(n) for n in str(row.samples_per_task).split()])
-            share = counts_of_task / max(counts_of_task.sum(), 1)
-            end = row.end if row.end == row.end else stages["end"].max()
-            image = ax.pcolormesh(
-                [row.start, end],
-                np.arange(len(share) + 1) - 0.5,
-                share[:, None],
-                cmap="cividis",
-                vmin=0,
-                vmax=max(0.3, 1.5 / len(share)),
-            )
-            ax.axvline(row.start, color="white", lw=0.5)
-        ax.set_ylabel(f"{arm}\ntask (0 cleanest)", fontsize=8)
-    axes[-1].set_xlabel("iteration")
-    figure.colorbar(image, ax=axes, label="share of the stage's samples")
-    figure.suptitle("What each stage trained: share of its samples that each task had", fontsize=9)
+def run_stages(folder: Path) -> "Figure":
+    """When each stage of the curriculum ran, and what share of the samples each task had in it."""
+    table = read_table(folder / "stages.csv", ("stage", "start", "end", "samples_per_task"))
+    figure, axes = grid(1, 1, 2.4)
+    stage_panel(axes[0, 0], table, "run")
+    axes[0, 0].set_xlabel("iteration")
+    figure.suptitle("Share of the samples of each task per stage (bright: large)", fontsize=9)
     return figure
 
 
@@ -168,9 +36,9 @@ def run_curve(folder: Path) -> "Figure":
     """Held-out nats, held-out loss and learning rate of one run."""
     table = read_table(folder / "curve.csv", ("step", "nats", "loss", "lr"))
     stages = read_table(folder / "stages.csv", ("stage", "start"))
-    figure, axes = _figure(2.8, 3)
+    figure, axes = grid(1, 3, 2.8)
     for ax, (name, label) in zip(
-        axes, (("nats", "held-out nats"), ("loss", "held-out loss"), ("lr", "learning rate")), strict=True
+        axes[0], (("nats", "held-out nats"), ("loss", "held-out loss"), ("lr", "learning rate")), strict=True
     ):
         ax.plot(table["step"], table[name], color=COLOURS[0], lw=1.5)
         for start in stages.loc[stages["stage"].diff() > 0, "start"]:
@@ -186,11 +54,12 @@ def loss_heat_map(folder: Path) -> "Figure":
     """Nats of every task over training, relative to its own least value."""
     table = read_table(folder / "losses.csv", ("step", "task", "nats_per_log_snr"))
     wide = table.pivot(index="task", columns="step", values="nats_per_log_snr")
-    relative = _log(wide.div(wide.min(axis=1), axis=0)) / np.log(10)
-    figure, (ax,) = _figure(3.6)
+    relative = np.log10(wide.div(wide.min(axis=1), axis=0).to_numpy())
+    figure, axes = grid(1, 1, 3.6)
+    ax = axes[0, 0]
     steps = np.concatenate([[0], wide.columns.to_numpy()])
     edges = np.arange(len(wide) + 1) - 0.5
-    image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, relative.to_numpy().max()))
+    image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, relative.max()))
     ax.set_xlabel("iteration")
     ax.set_ylabel("task (0 cleanest)")
     ax.set_yticks(range(0, len(wide), max(1, len(wide) // 10)))
@@ -199,10 +68,13 @@ def loss_heat_map(folder: Path) -> "Figure":
     return figure
 
 
-def probe_curves(folder: Path) -> "Figure":
-    """Excess of every task over training with its interval over draws; log-SNR falls from task to task."""
+def probe_curves(folder: Path) -> "Figure | None":
+    """Excess of every task over training with its interval over draws; None if the run was not probed."""
+    if not (folder / "probe.csv").exists():  # only written when asked for
+        return None
     table = read_table(folder / "probe.csv", ("step", "task", "excess_nats", "excess_se", "floor_kind"))
-    figure, (ax,) = _figure(3.8)
+    figure, axes = grid(1, 1, 3.8)
+    ax = axes[0, 0]
     tasks = int(table["task"].max()) + 1
     import matplotlib.pyplot as plt
 
@@ -233,7 +105,8 @@ def coverage(folder: Path) -> "Figure":
     edges = np.array([0.5, *(p[-1] + 1.5 for p in parts)])
     size = np.diff(edges)
     noise = 2 * np.sqrt(expected)
-    figure, (above, below) = _rows(2, height=1.9)
+    figure, axes = grid(2, 1, 4.7, sharex=True)
+    above, below = axes[:, 0]
     above.stairs(samples / size, edges, color=COLOURS[0], lw=1.5, label="drawn")
     above.stairs(expected / size, edges, color="black", lw=1, ls="--", label="asked for")
     above.set_ylabel("samples per t")
@@ -269,8 +142,8 @@ def samples_over_time(folder: Path) -> "Figure":
     if not files:
         raise InputError(f"{folder} holds no samples; give --sample-every")
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).astype(int))]
-    figure, axes = _figure(WIDTH / len(chosen) + 0.4, len(chosen))
-    for ax, file in zip(axes, chosen, strict=True):
+    figure, axes = grid(1, len(chosen), WIDTH / len(chosen) + 0.4)
+    for ax, file in zip(axes[0], chosen, strict=True):
         with Image.open(file) as image:
             ax.imshow(np.asarray(image.convert("RGB")))
         ax.set_title(f"iteration {int(file.stem.removeprefix('step-'))}", fontsize=8)
@@ -279,75 +152,10 @@ def samples_over_time(folder: Path) -> "Figure":
     return figure
 
 
-def _rows(count: int, height: float = 1.3) -> "tuple[Figure, list[Axes]]":
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, 0.9 + height * count), layout="constrained", sharex=True)
-    return figure, list(np.atleast_1d(axes))
-
-
-def _log_snr_axis(ax: "Axes", log_snr: "np.ndarray", t: "np.ndarray") -> None:
-    """Noise to the right: log-SNR falls; t on the opposite edge."""
-    ax.set_xlabel("log-SNR (noise grows to the right)")
-    ax.invert_xaxis()
-    chosen: list[int] = []
-    for index in range(len(t)):  # labels nearer than this would overlap
-        if not chosen or abs(log_snr[index] - log_snr[chosen[-1]]) > 0.07 * np.ptp(log_snr):
-            chosen.append(index)
-    top = ax.secondary_xaxis("top")
-    top.set_xticks(log_snr[chosen], [str(int(value)) for value in t[chosen]])
-    top.set_xlabel("t")
-
-
-def _log(table: "pd.DataFrame") -> "pd.DataFrame":
-    return table.apply(np.log)
-
-
-def _again(folder: Path) -> list[str]:
-    arms = read_json(folder / "run.json")["config"]["arms"]
-    return [name for name, spec in arms.items() if spec["fresh_seeds"]]
-
-
-def _colours(arms: list[str], again: list[str]) -> list[tuple[str, str]]:
-    """Arms with their colours; A/A arms are grey and come first, so that they lie below."""
-    coloured = [arm for arm in arms if arm not in again]
-    return [(arm, "#aaaaaa") for arm in again if arm in arms] + list(zip(coloured, COLOURS, strict=False))
-
-
-def _legend(figure: "Figure", ax: "Axes", again: list[str]) -> None:
-    from matplotlib.patches import Patch
-
-    handles, labels = ax.get_legend_handles_labels()
-    handles += [Patch(color="#aaaaaa", alpha=0.4) for _ in again]
-    labels += [f"{name} (A/A), interval" for name in again]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
-
-
-def _half_width(sd: "np.ndarray", n: "np.ndarray") -> "np.ndarray":
-    from scipy import stats
-
-    with np.errstate(invalid="ignore"):
-        return stats.t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n)
-
-
-def _baseline(folder: Path) -> str:
-    return next(iter(read_json(folder / "run.json")["config"]["arms"]))
-
-
-def _arms(table: "pd.DataFrame", without: str) -> list[str]:
-    return [arm for arm in dict.fromkeys(table["arm"]) if arm != without]
-
-
-COMPARISON_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
-    "forest": forest,
-    "learning_curves": learning_curves,
-    "task_differences": task_differences,
-    "stages": stage_timeline,
-}
-RUN_FIGURES: "Mapping[str, Callable[[Path], Figure]]" = {
+RUN_FIGURES: "Mapping[str, Callable[[Path], Figure | None]]" = {
     "curve": run_curve,
     "loss_heat_map": loss_heat_map,
-    "stages": stage_timeline,
+    "stages": run_stages,
     "probe": probe_curves,
     "coverage": coverage,
     "samples": samples_over_time,
@@ -362,27 +170,30 @@ def draw_folder(folder: Path) -> list[Path]:
     """
     import matplotlib
 
-    kinds = {"compare": COMPARISON_FIGURES, "train": RUN_FIGURES}
+    from training.plots_comparison import COMPARISON_FIGURES
+
+    kinds: Mapping[str, Mapping[str, Callable[[Path], Figure | None]]] = {
+        "compare": COMPARISON_FIGURES,
+        "train": RUN_FIGURES,
+    }
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run.json; give the folder of `training run` or `training compare`")
     run = read_json(folder / "run.json")
-    kind = run.get("kind") if isinstance(run, dict) else None
+    kind = str(run.get("kind") if isinstance(run, dict) else None)
     if kind not in kinds:
         raise InputError(f"{folder} was written by {kind!r}; give the folder of `training run` or `training compare`")
     matplotlib.use("Agg", force=False)
     paths = []
     for name, draw in kinds[kind].items():
-        if name == "probe" and not (folder / "probe.csv").exists():  # only written when asked for
-            continue
         figure = draw(folder)
+        if figure is None:
+            continue
         for suffix in ("png", "svg"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=150)
             paths.append(folder / "figures" / f"{name}.{suffix}")
             write_bytes(paths[-1], buffer.getvalue())
         _close(figure)
-    if kind == "compare":
-        paths += _sample_grids(folder, run["config"].get("value_range"))
     return paths
 
 
@@ -390,18 +201,6 @@ def _close(figure: "Figure") -> None:
     import matplotlib.pyplot as plt
 
     plt.close(figure)
-
-
-def _sample_grids(folder: Path, value_range: list[float] | None) -> list[Path]:
-    """Samples of every arm with its first seed, drawn from the same noise."""
-    from safetensors.torch import load_file
-
-    paths = []
-    for file in sorted((folder / "runs").glob("*.safetensors")):
-        path = folder / "figures" / f"samples-{file.stem}.png"
-        save_grid(load_file(file)["data"], path, (value_range[0], value_range[1]) if value_range else None)
-        paths.append(path)
-    return paths
 
 
 def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float] | None = None) -> None:
@@ -413,30 +212,20 @@ def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float
         value_range: values shown as black and white; None takes the range of the samples.
     """
     buffer = io.BytesIO()
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+    if is_picture(samples):
         from PIL import Image
 
-        low, high = value_range or (float(samples.min()), float(samples.max()))
-        columns = int(np.ceil(np.sqrt(len(samples))))
-        rows = -(-len(samples) // columns)
-        n, channels, height, width = samples.shape
-        grid = torch.full((rows * columns, channels, height + 1, width + 1), 1.0)
-        grid[:n, :, :height, :width] = ((samples - low) / max(high - low, 1e-12)).clamp(0, 1)
-        grid = grid.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
-        pixels = (grid.reshape(channels, rows * (height + 1), columns * (width + 1)) * 255).byte().numpy()
-        image = Image.fromarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0))
+        image = Image.fromarray(mosaic(samples, value_range))
         scale = max(1, 512 // max(image.size))
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
     else:
         import matplotlib
 
         matplotlib.use("Agg", force=False)
-        figure, (ax,) = _figure(4.0)
-        flat = samples.flatten(1)
-        ax.scatter(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], s=4, color=COLOURS[0])
-        ax.set_xlabel("dimension 1")
-        ax.set_ylabel(f"dimension {min(2, flat.shape[1])}")
-        ax.set_aspect("equal")
+        figure, axes = grid(1, 1, 4.0)
+        scatter(axes[0, 0], samples)
+        axes[0, 0].set_xlabel("dimension 1")
+        axes[0, 0].set_ylabel(f"dimension {min(2, samples[0].numel())}")
         figure.savefig(buffer, format="png", dpi=100)
         _close(figure)
     write_bytes(path, buffer.getvalue())

@@ -21,8 +21,11 @@ from training.effects import EFFECT_COLUMNS
 FIGURES = {
     "forest": "Effect of every arm on every metric",
     "learning_curves": "Learning curves against the baseline",
-    "task_differences": "Where on the noise axis the arms differ",
-    "stages": "Stages and exposure",
+    "task_differences": "Where on the noise axis the arms differ at the end",
+    "task_curves": "Where on the noise axis the arms differ over training",
+    "exposure": "Exposure",
+    "stages": "Stages",
+    "samples": "Samples side by side",
 }
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -49,15 +52,12 @@ def write_report(folder: Path) -> list[Path]:
     run = read_run(folder, "compare")
     config = run["config"]
     effects = read_table(folder / "effects.csv", EFFECT_COLUMNS)
-    sections = [_setting(config, run), _findings(config, effects), _order(folder), _effects(effects), _speed(folder)]
+    sections = [_setting(config, run), _findings(config, effects), _order(folder, config, effects)]
+    sections += [_effects(effects), _speed(folder)]
     sections += [
         Section(caption, [], figure=folder / "figures" / f"{name}.png")
         for name, caption in FIGURES.items()
         if (folder / "figures" / f"{name}.png").exists()
-    ]
-    sections += [
-        Section(f"Samples of {path.stem.removeprefix('samples-').replace('-seed', ', seed ')}", [], figure=path)
-        for path in sorted((folder / "figures").glob("samples-*.png"))
     ]
     title = f"Comparison on {config['data']['name']}"
     paths = [folder / "report.md", folder / "report.html"]
@@ -85,7 +85,7 @@ def _setting(config: dict[str, Any], run: dict[str, Any]) -> Section:
             f"{len(config['arms'])} arms, {len(seeds)} paired seeds ({seeds[0]} to {seeds[-1]}), {plan['steps']} "
             f"iterations each of {plan['batch']} samples; process {config['process']['name']} with T = "
             f"{config['process']['T']}, network {plan['network']}, prediction {plan['prediction']}, learning rate "
-            f"{plan['lr']:g} ({plan['lr_schedule']}); {config['samples']} samples judged per run; "
+            f"{plan['lr']:g} ({' and '.join(config['lr_schedules'])}); {config['samples']} samples judged per run; "
             f"{run['wall_seconds']:.0f} s.",
             "Arms of one seed share initial weights, data order, noise, the uniform number behind every t, and the "
             "noise of the sampler.",
@@ -97,9 +97,12 @@ def _setting(config: dict[str, Any], run: dict[str, Any]) -> Section:
 def _findings(config: dict[str, Any], effects: pd.DataFrame) -> Section:
     baseline = next(iter(config["arms"]))
     sentences = []
-    for arm, rows in effects.groupby("arm", sort=False):
-        parts = [f"{row['metric']} {_in_words(row)}" for row in rows.to_dict("records")]
-        sentences.append(f"**{arm}** against {baseline}: {'; '.join(parts)}.")
+    for (arm, schedule), rows in effects.groupby(["arm", "lr_schedule"], sort=False):
+        shown = rows["verdict"].str.startswith(("helps", "hurts"))
+        parts = [f"{row['metric']} {_in_words(row)}" for row in rows[shown].to_dict("records")]
+        for verdict, others in rows[~shown].groupby("verdict", sort=False):
+            parts.append(f"{verdict}: {', '.join(others['metric'])}")
+        sentences.append(f"**{arm}** against {baseline}, learning rate {schedule}: {'; '.join(parts)}.")
     return Section("What was found", sentences)
 
 
@@ -112,21 +115,45 @@ def _in_words(row: dict[Any, Any]) -> str:
     return f"{row['verdict']}, {interval}"
 
 
-def _order(folder: Path) -> Section:
+def order_or_exposure(effect: str, order: str, exposure: str) -> str:
+    """What makes an effect, from three verdicts.
+
+    Args:
+        effect: of the curriculum against the baseline.
+        order: of the curriculum against its own histogram of t without order.
+        exposure: of that histogram against the baseline.
+    """
+    word = effect.partition(",")[0]
+    if word not in ("helps", "hurts"):
+        return "no difference shown, so there is nothing to explain"
+    by_order, by_exposure = (verdict.startswith(word) for verdict in (order, exposure))
+    if by_order and by_exposure:
+        return f"{word}, by its order and by its exposure"
+    if by_order or by_exposure:
+        return f"{word}, by its {'order' if by_order else 'exposure'}"
+    return f"{word}; whether by order or by exposure these seeds do not tell"
+
+
+def _order(folder: Path, config: dict[str, Any], effects: pd.DataFrame) -> Section:
     """Whether an effect of the curriculum is one of order: against the arm with the same histogram of t."""
     table = read_table(folder / "order.csv", EFFECT_COLUMNS)
     if table.empty:
         return Section("Order or exposure", ["No arm copies the exposure of another, so this was not asked."])
-    sentences = [
-        f"{row['arm']} against its own histogram of t without order, {row['metric']}: {_in_words(row)}."
-        for row in table.to_dict("records")
-    ]
-    lead = "A difference here is one of order; one against the baseline that is missing here is one of exposure."
-    return Section("Order or exposure", [lead, *sentences])
+    copy_of = {spec["exposure_of"]: name for name, spec in config["arms"].items() if spec["exposure_of"]}
+    verdicts = {(row["arm"], row["lr_schedule"], row["metric"]): row["verdict"] for row in effects.to_dict("records")}
+    sentences = []
+    for row in table.to_dict("records"):
+        where = (row["lr_schedule"], row["metric"])
+        answer = order_or_exposure(verdicts[row["arm"], *where], row["verdict"], verdicts[copy_of[row["arm"]], *where])
+        sentences.append(
+            f"{row['arm']}, {row['metric']}, learning rate {row['lr_schedule']}: {answer} (against its own histogram "
+            f"of t without order: {_in_words(row)})."
+        )
+    return Section("Order or exposure", sentences)
 
 
 def _effects(effects: pd.DataFrame) -> Section:
-    table = effects[["arm", "metric", "seeds"]].copy()
+    table = effects[["arm", "lr_schedule", "metric", "seeds"]].rename(columns={"lr_schedule": "learning rate"})
     for name, heading in (("log_ratio", "change"), ("ci_low", "from"), ("ci_high", "to")):
         table[heading] = [percent(value) for value in effects[name]]
     table["p"] = [f"{value:.3g}" for value in effects["p"]]
@@ -146,15 +173,20 @@ def _effects(effects: pd.DataFrame) -> Section:
 
 
 def _speed(folder: Path) -> Section:
-    speed = read_table(folder / "speed.csv", ("arm", "seed", "share", "censored"))
+    speed = read_table(folder / "speed.csv", ("arm", "lr_schedule", "seed", "share", "censored"))
     rows = []
-    for arm, runs in speed.groupby("arm", sort=False):
-        share = runs["share"]
-        rows.append((arm, f"{100 * share.median():.0f} %", f"{int((~runs['censored']).sum())} of {len(runs)}"))
-    table = pd.DataFrame(rows, columns=["arm", "median share of the iterations", "seeds that reached it"])
+    for (arm, schedule), runs in speed.groupby(["arm", "lr_schedule"], sort=False):
+        share = 100 * runs["share"]
+        reached = f"{int((~runs['censored']).sum())} of {len(runs)}"
+        rows.append((arm, schedule, f"{share.median():.0f} %", f"{share.min():.0f} % to {share.max():.0f} %", reached))
+    headings = ["arm", "learning rate", "median share of the iterations", "over the seeds", "seeds that reached it"]
+    table = pd.DataFrame(rows, columns=headings)
     return Section(
         "Iterations to the baseline's final held-out nats",
-        ["A seed that did not reach it counts with the whole run, so that the median is a lower bound there."],
+        [
+            "Each against the baseline of its own seed and learning rate. A seed that did not reach it counts with the "
+            "whole run, so that the median is a lower bound there."
+        ],
         table,
     )
 

@@ -1,17 +1,18 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from difficulty.errors import InputError
-from training.effects import effects, holm, iterations_to_baseline
+from training.effects import effects, holm, iterations_to_baseline, paired_intervals
 
 
-def _results(values):
+def _results(values, schedule="cosine"):
     """values: arm -> metric -> list over seeds."""
     return pd.DataFrame(
-        [(arm, seed, metric, value) for arm, metrics in values.items() for metric, list_ in metrics.items()
+        [(arm, schedule, seed, metric, value) for arm, metrics in values.items() for metric, list_ in metrics.items()
          for seed, value in enumerate(list_)],
-        columns=["arm", "seed", "metric", "value"],
+        columns=["arm", "lr_schedule", "seed", "metric", "value"],
     )  # fmt: skip
 
 
@@ -68,8 +69,6 @@ def test_holm_against_its_published_arithmetic():
 
 
 def test_log_ratio_and_interval_are_those_of_the_paired_t_test():
-    from scipy import stats
-
     rng = np.random.default_rng(4)
     a, b = np.exp(rng.normal(size=7)), np.exp(rng.normal(size=7))
     row = effects(_results({"a": {"m": a}, "b": {"m": b}}), "a").iloc[0]
@@ -121,13 +120,49 @@ def test_missing_seeds_and_values_that_are_not_positive_are_refused():
 
 
 def test_iterations_to_the_baseline_are_interpolated_and_censored():
-    rows = [("a", 0, s, "nats", v) for s, v in ((100, 4.0), (200, 3.0), (300, 2.0))]
-    rows += [("fast", 0, s, "nats", v) for s, v in ((100, 3.0), (200, 1.0), (300, 0.5))]
-    rows += [("slow", 0, s, "nats", v) for s, v in ((100, 9.0), (200, 8.0), (300, 7.0))]
-    table = iterations_to_baseline(
-        pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"]), "a", "nats"
-    ).set_index("arm")
+    rows = [("a", "cosine", 0, s, "nats", v) for s, v in ((100, 4.0), (200, 3.0), (300, 2.0))]
+    rows += [("fast", "cosine", 0, s, "nats", v) for s, v in ((100, 3.0), (200, 1.0), (300, 0.5))]
+    rows += [("slow", "cosine", 0, s, "nats", v) for s, v in ((100, 9.0), (200, 8.0), (300, 7.0))]
+    columns = ["arm", "lr_schedule", "seed", "step", "metric", "value"]
+    table = iterations_to_baseline(pd.DataFrame(rows, columns=columns), "a", "nats").set_index("arm")
     assert table.loc["a", "share"] == 1
     assert table.loc["fast", "iterations"] == 150
     assert not table.loc["fast", "censored"]
     assert table.loc["slow", "censored"]
+
+
+def test_effects_are_those_within_a_learning_rate_schedule_and_are_corrected_together():
+    rng = np.random.default_rng(7)
+    one, other = (
+        _results({arm: {"m": np.exp(shift + 0.1 * rng.normal(size=6))} for arm in "abc"}, name)
+        for name, shift in (("constant", 0.0), ("cosine", 3.0))
+    )
+    both = effects(pd.concat([one, other]), "a")
+    for name, alone in (("constant", effects(one, "a")), ("cosine", effects(other, "a"))):
+        within = both[both["lr_schedule"] == name].reset_index(drop=True)
+        same = ["arm", "metric", "log_ratio", "ci_low", "ci_high", "p", "mde"]
+        pd.testing.assert_frame_equal(within[same], alone[same])
+    assert np.allclose(both["p_holm"], holm(both["p"].tolist()))
+
+
+def test_iterations_are_counted_to_the_baseline_of_the_same_schedule():
+    final = {"constant": 5.0, "cosine": 1.0}
+    rows = [
+        (arm, schedule, 0, step, "nats", final[schedule] * (301 - step) * scale)
+        for schedule in final
+        for arm, scale in (("a", 1.0), ("half", 0.5))
+        for step in (100, 200, 300)
+    ]
+    columns = ["arm", "lr_schedule", "seed", "step", "metric", "value"]
+    table = iterations_to_baseline(pd.DataFrame(rows, columns=columns), "a", "nats")
+    assert len(table) == 4
+    assert table.groupby("arm")["iterations"].nunique().eq(1).all()
+
+
+def test_interval_over_seeds_is_that_of_the_t_test():
+    rng = np.random.default_rng(8)
+    differences = pd.DataFrame(rng.normal(size=(3, 5)))
+    found = paired_intervals(differences)
+    for row, (middle, low, high) in zip(differences.to_numpy(), found.to_numpy(), strict=True):
+        interval = stats.ttest_1samp(row, 0).confidence_interval(0.95)
+        assert (middle, low, high) == pytest.approx((row.mean(), interval.low, interval.high))

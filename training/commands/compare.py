@@ -31,7 +31,7 @@ def compare(
     prediction: str = "eps",
     batch: int = 128,
     lr: float = 1e-3,
-    lr_schedule: str = "cosine",
+    lr_schedules: tuple[str, ...] = ("cosine",),
     metrics: tuple[str, ...] = ("fd-pca", "sw-pixels"),
     samples: int = 512,
     confirms: Path | None = None,
@@ -46,9 +46,9 @@ def compare(
         data: Built-in data set, array file, or folder of images.
         out: Folder of the comparison.
         arms: What is compared, the first being the baseline: vanilla, vanilla-again, curriculum, anti, random,
-            non-accumulating, first-then-all, static, paper, log-snr, logit-normal, log-normal, min-snr, p2,
-            curriculum+min-snr, curriculum+p2.
-        ranking: Results folder with ranking.json, from which a default curriculum is made.
+            non-accumulating, first-then-all, static, paper, measured, measured-static, log-snr, logit-normal,
+            log-normal, min-snr, p2, a curriculum.json, and any of these with a weight, as in curriculum+min-snr.
+        ranking: Results folder with ranking.json, for the arm measured and for a default curriculum.
         curriculum: A curriculum.json for the arms that need one.
         process: Forward process by name; default: that of the curriculum or the ranking, or vp-linear.
         seeds: Paired seeds per arm.
@@ -58,7 +58,7 @@ def compare(
         prediction: What the network predicts.
         batch: Samples per iteration.
         lr: Peak learning rate.
-        lr_schedule: constant, cosine or linear.
+        lr_schedules: One or more of constant, cosine, linear; effects are reported under each.
         metrics: Of the samples: fd or sw on pixels, pca, digits-cnn or inception, as in fd-pca.
         samples: Samples that are judged.
         confirms: Folder of the exploration that this comparison repeats on other seeds; without it nothing is claimed.
@@ -92,7 +92,7 @@ def compare(
         prediction=prediction,
         batch=batch,
         lr=lr,
-        lr_schedule=lr_schedule,
+        lr_schedules=lr_schedules,
         metrics=metrics,
         samples=samples,
         confirms=confirms,
@@ -108,7 +108,8 @@ def compare(
     print(f"{out}: change against {next(iter(dict.fromkeys(arms)))} over {seeds} paired seeds (negative is better)")
     for row in table.to_dict("records"):
         low, middle, high = (percent(row[name]) for name in ("ci_low", "log_ratio", "ci_high"))
-        print(f"  {row['arm']:18} {row['metric']:10} {middle} [{low}, {high}]  {row['verdict']}")
+        what = f"{row['arm']:18} {row['lr_schedule']:9} {row['metric']:10}"
+        print(f"  {what} {middle} [{low}, {high}]  {row['verdict']}")
     print(f"  report: {report}")
     print(f"  figures: {', '.join(str(path) for path in figures if path.suffix == '.png')}")
 
