@@ -16,7 +16,8 @@ import torch
 from difficulty.datasets import load_dataset
 from difficulty.process import get_process
 from training.batched import Stacked
-from training.trainer import Trainer, TrainPlan
+from training.plan import TrainPlan
+from training.trainer import Trainer
 
 CASES = (
     ("grid-2d", "mlp:width=64"),

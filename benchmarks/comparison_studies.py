@@ -4,7 +4,8 @@ Every setting (data, process, prediction) goes through three stages, each of whi
 
     measure    experts on 20 tasks of equal width in log-SNR: the difficulty from which curriculum and recipe are made
     explore    all designs of the recipe `measured` on exploration seeds, learning rate annealed
-    confirm    the main arms on confirmation seeds, learning rate constant and annealed
+    confirm    the main arms on confirmation seeds, learning rate annealed
+    constant   some of them with a constant learning rate, in the settings of which that was claimed to matter
 
 Between exploring and confirming one design is chosen over all settings by a rule that was written down before any of
 them was trained (``choose``): a design is admissible if its change of sample quality, the mean over settings and both
@@ -40,17 +41,16 @@ from training.recipe import DESIGNS
 from training.report import write_report
 
 SIMPLE = ("log-snr", "min-snr", "p2")
-MAIN = ("vanilla", "vanilla-again", "curriculum", "anti", "static", *SIMPLE, "measured")
-CONTROLS = (
-    *("random", "non-accumulating", "first-then-all", "paper", "curriculum+min-snr", "logit-normal"),
-    "measured-static",
-)
-BOTH, ANNEALED = ("constant", "cosine"), ("cosine",)
+# The rule takes a design for its sample quality where none is admissible; the fastest one is judged beside it.
+FASTEST = "measured:root-long"
+MAIN = ("vanilla", "vanilla-again", "curriculum", "anti", "static", *SIMPLE, "measured", FASTEST)
+CONSTANT = ("vanilla", "curriculum", "anti", "p2")
+CONTROLS = ("random", "non-accumulating", "first-then-all", "paper", "curriculum+min-snr", "measured-static")
 MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider than the digits have dimensions
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
-STAGES = ("measure", "explore", "confirm")
+STAGES = ("measure", "explore", "confirm", "constant")
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,18 @@ class Setting:
     network: str = MLP
     steps: int = 1500
     arms: tuple[str, ...] = MAIN
-    schedules: tuple[str, ...] = ANNEALED
     exploring: bool = False
+    constant: bool = False
 
 
 # The most important first.
 SETTINGS = {
-    "digits-mixture-cosine-v": Setting("digits-mixture", "vp-cosine", "v", schedules=BOTH, exploring=True),
-    "digits-mixture-linear-eps": Setting("digits-mixture", "vp-linear", "eps", schedules=BOTH, exploring=True),
-    "grid-2d-linear-eps": Setting(
-        "grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, (*MAIN, *CONTROLS), exploring=True
-    ),
-    "digits-linear-eps": Setting("digits", "vp-linear", "eps"),
-    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity"),
-    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", 3000),
+    "digits-mixture-cosine-v": Setting("digits-mixture", "vp-cosine", "v", exploring=True, constant=True),
+    "digits-mixture-linear-eps": Setting("digits-mixture", "vp-linear", "eps", exploring=True, constant=True),
+    "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=1000),
+    "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, exploring=True),
+    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=1000),
+    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=(*MAIN, *CONTROLS)),
 }
 
 
@@ -110,7 +108,7 @@ def run_measure(setting: Setting, budget: Budget, folder: Path) -> None:
 
 
 def run_compare(
-    setting: Setting, budget: Budget, folder: Path, stage: str, arms: Sequence[str], schedules: Sequence[str]
+    setting: Setting, budget: Budget, folder: Path, stage: str, arms: Sequence[str], schedule: str = "cosine"
 ) -> None:
     process, ranking = get_process(setting.process), Ranking.load(folder / "measurement")
     curriculum = make_curriculum(
@@ -129,7 +127,7 @@ def run_compare(
         out=folder / stage,
         network=setting.network,
         prediction=setting.prediction,
-        lr_schedules=schedules,
+        lr_schedules=[schedule],
         metrics=METRICS,
         samples=budget.samples,
         confirms=folder / "explore" if not explores and setting.exploring else None,
@@ -169,14 +167,14 @@ def choose(folders: dict[str, Path]) -> pd.DataFrame:
 
 def publish(folder: Path, out: Path) -> None:
     """Copy the tables and two figures of the finished stages; runs and weights stay where they are."""
-    for stage in ("explore", "confirm"):
+    for stage in ("explore", "confirm", "constant"):
         if (folder / stage / "effects.csv").exists():
             draw_folder(folder / stage)
             write_report(folder / stage)
             target = out / folder.name / stage
-            (target / "figures").mkdir(parents=True, exist_ok=True)
-            names = ["run.json", "effects.csv", "comparison.csv", "speed.csv", "order.csv", "exposure.csv"]
-            names += ["report.md"] if stage == "confirm" else []
+            target.mkdir(parents=True, exist_ok=True)
+            names = ["run.json", "effects.csv", "comparison.csv", "speed.csv", "exposure.csv"]
+            names += [] if stage == "explore" else ["report.md", "order.csv"]
             for name in names:
                 shutil.copy(folder / stage / name, target / name)
     (out / folder.name).mkdir(parents=True, exist_ok=True)
@@ -200,9 +198,11 @@ def main() -> None:
                 run_measure(setting, budget, folder)
             elif stage == "explore" and setting.exploring:
                 arms = ["vanilla", "log-snr", *(f"measured:{design}" for design in DESIGNS)]
-                run_compare(setting, budget, folder, stage, arms, ["cosine"])
+                run_compare(setting, budget, folder, stage, arms)
             elif stage == "confirm":
-                run_compare(setting, budget, folder, stage, setting.arms, setting.schedules)
+                run_compare(setting, budget, folder, stage, setting.arms)
+            elif stage == "constant" and setting.constant:
+                run_compare(setting, budget, folder, stage, CONSTANT, "constant")
             print(f"{stage} {name}: {time.monotonic() - began:.0f} s", flush=True)
         explored = {name: options.runs / name for name in options.settings if SETTINGS[name].exploring}
         if stage == "explore" and explored:

@@ -30,7 +30,6 @@ from difficulty.ranking import Ranking
 from training.clusters import order_clusters
 from training.curriculum import Cluster, Curriculum, interval_curriculum
 from training.recipe import CHOSEN, measured_recipe
-from training.weights import WEIGHTS
 
 PAPER_INTERVALS = 20
 PAPER_SHARE = 0.1
@@ -126,7 +125,6 @@ def _arm(
 ) -> ArmSpec:
     kind, plus, weight = name.partition("+")
     if plus:
-        choose("loss weight", weight.partition(":")[0], WEIGHTS)
         return replace(_arm(kind, curriculum, process, steps, ranking), weight=weight)
     if name.endswith(".json"):
         return ArmSpec(Curriculum.load(Path(name)))

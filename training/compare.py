@@ -37,7 +37,7 @@ from training.curriculum import Curriculum, make_curriculum
 from training.effects import EFFECT_COLUMNS, effects, iterations_to_baseline, paired_intervals
 from training.jobs import HELD_OUT, Job, Setting, group_jobs, run_file
 from training.metrics import check_metrics
-from training.trainer import LR_SCHEDULES, TrainPlan
+from training.plan import LR_SCHEDULES, TrainPlan
 from training.workers import GroupRunner, worker_processes
 
 SAMPLES = 512

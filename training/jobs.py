@@ -26,9 +26,10 @@ from training.checkpoint import load_latest, save_checkpoint
 from training.excess import Excess
 from training.heldout import HeldOut
 from training.metrics import SampleJudge
+from training.plan import TrainPlan
 from training.sampling import draw_samples
 from training.timesteps import stage_rows
-from training.trainer import Trainer, TrainPlan
+from training.trainer import Trainer
 
 # Added to the seeds of A/A arms: far from any seed that a user would give.
 FRESH = 1_000_003
@@ -106,11 +107,12 @@ def run_file(out: Path, arm: str, seed: int, lr_schedule: str) -> Path:
 
 def group_jobs(plan: TrainPlan, jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """Jobs in groups that train together, no fewer groups than workers where there are enough jobs."""
-    if not can_be_stacked(plan):
-        return [[job] for job in jobs]
-    groups = []
-    for schedule in dict.fromkeys(job.lr_schedule for job in jobs):
-        alike = [job for job in jobs if job.lr_schedule == schedule]
+    able, alone = [], []
+    for job in jobs:
+        (able if can_be_stacked(replace(plan, weight=job.spec.weight)) else alone).append(job)
+    groups = [[job] for job in alone]
+    for schedule in dict.fromkeys(job.lr_schedule for job in able):
+        alike = [job for job in able if job.lr_schedule == schedule]
         size = min(LARGEST_GROUP, -(-len(alike) // workers))
         groups += [alike[first : first + size] for first in range(0, len(alike), size)]
     return groups

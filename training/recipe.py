@@ -34,7 +34,7 @@ from training.curriculum import Cluster, Curriculum, DensityField, DensityPhase,
 from training.density import density, log_snr_widths, normalised, task_masses
 
 MEASURE = "excess_nats"
-CHOSEN = "half"
+CHOSEN = "guarded"
 PARTS = 10
 KEPT = 0.75
 

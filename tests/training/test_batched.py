@@ -8,8 +8,9 @@ from training.batched import OneByOne, RunDiverged, Stacked, can_be_stacked, tra
 from training.checkpoint import load_latest, save_checkpoint
 from training.curriculum import make_curriculum
 from training.heldout import HeldOut
+from training.plan import TrainPlan
 from training.sampling import draw_samples
-from training.trainer import Trainer, TrainPlan
+from training.trainer import Trainer
 
 STEPS = 60
 PLAN = {"steps": STEPS, "batch": 16, "network": "mlp:width=16,depth=2", "lr": 3e-3, "warmup": 5, "weight_decay": 0.01}
@@ -110,4 +111,5 @@ def test_runs_of_unlike_plans_are_not_stacked(gaussian, process):
     assert can_be_stacked(TrainPlan(**PLAN))
     assert not can_be_stacked(TrainPlan(micro_batches=2))
     assert not can_be_stacked(TrainPlan(network="unet"))
+    assert not can_be_stacked(TrainPlan(weight="p2+uncertainty"))
     assert isinstance(train_together(trainers[:1]), OneByOne)
