@@ -19,10 +19,10 @@ import torch
 
 from difficulty.engines import Block
 from difficulty.prediction import from_x0_eps
-from difficulty.randomness import integers, normal
+from difficulty.randomness import normal
 from training.plan import TrainPlan
 from training.sources import Resident
-from training.streams import BATCH, NOISE
+from training.streams import NOISE
 from training.trainer import Diverged, Trainer, ema_share
 from training.uncertainty import split_weight
 
@@ -122,19 +122,20 @@ class Stacked:
         )
         assert isinstance(trainers[0].source, Resident)
         self.samples = trainers[0].source.samples
-        self.seeds = sorted({trainer.plan.seed for trainer in trainers})
-        self.seed_of_run = torch.tensor([self.seeds.index(trainer.plan.seed) for trainer in trainers])
+        first = {trainer.plan.seed: trainer for trainer in reversed(trainers)}
+        self.first_of_seed = list(first.values())  # one trainer reads the batch for all runs of its seed
+        self.seed_of_run = torch.tensor([list(first).index(trainer.plan.seed) for trainer in trainers])
         self.loss_weight = torch.stack([trainer.loss_weight for trainer in trainers])
         self.updates = 0
 
     def step(self) -> None:
         """See ``RunsTogether``."""
-        plan, step, samples = self.plan, self.trainers[0].done, self.samples
-        rows = [integers(len(samples), plan.batch, seed, BATCH, step, 0) for seed in self.seeds]
-        noise = [normal((plan.batch, *samples.shape[1:]), seed, NOISE, step, 0) for seed in self.seeds]
-        x0 = torch.stack([samples[chosen.to(samples.device)] for chosen in rows])[self.seed_of_run]
-        eps = torch.stack(noise).to(samples.device)[self.seed_of_run]
-        draws = [trainer.sampler.sample(plan.batch, step=step, device=samples.device) for trainer in self.trainers]
+        plan, step, device = self.plan, self.trainers[0].done, self.trainers[0].device
+        read = [trainer.source.read(step, trainer.rows_of(step)) for trainer in self.first_of_seed]
+        shape = (plan.batch, *read[0].shape[1:])
+        noise = [normal(shape, trainer.plan.seed, NOISE, step, 0) for trainer in self.first_of_seed]
+        x0, eps = torch.stack(read)[self.seed_of_run], torch.stack(noise).to(device)[self.seed_of_run]
+        draws = [trainer.sampler.sample(plan.batch, step=step, device=device) for trainer in self.trainers]
         t = torch.stack([draw[0] for draw in draws])
         weight = torch.stack([draw[1] for draw in draws]) * self.loss_weight.gather(1, t)
 
