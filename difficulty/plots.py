@@ -188,26 +188,30 @@ def learning_figure(folder: Path) -> "Figure":
 def quality_panel(axes: "Axes", part: pd.DataFrame, log_snr: Array, colours: "ScalarMappable") -> None:
     """One metric of sample_quality.csv against iterations: lines are tasks, bands span the seeds.
 
+    Distances are relative to those of the shared network of the same seed, whose samples start from the same noise, so
+    that the bands show what the expert changes.
+
     Args:
         axes: to draw into.
         part: rows of one metric.
         log_snr: of every task, which ``colours`` maps.
         colours: of the lines.
     """
+    part = part.assign(ratio=part["value"] / part["shared"])
     for task, rows in part.groupby("task"):
-        spread = rows.groupby("iteration")["value"].agg(["mean", "min", "max"])
+        spread = rows.groupby("iteration")["ratio"].agg(["mean", "min", "max"])
         colour = colours.to_rgba(log_snr[int(str(task))])
-        axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
+        axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.3)
         axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
-    for column, style, label in (("shared", "--", "shared network alone"), ("perfect", ":", "perfect sampler")):
-        axes.axhline(part[column].mean(), color="black", linestyle=style, linewidth=1, label=label)
+    axes.axhline(1.0, color="black", linestyle="--", linewidth=1, label="shared network alone")
+    perfect = (part["perfect"] / part["shared"]).mean()
+    axes.axhline(perfect, color="black", linestyle=":", linewidth=1, label="perfect sampler")
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.grid(alpha=0.3)
 
 
 def sample_quality_figure(folder: Path) -> "Figure":
-    """Distance of samples to the data against the iterations of one expert, one line per task; bands span the seeds."""
+    """Distance of samples to the data against the iterations of one expert, one line per task, as ``quality_panel``."""
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -223,8 +227,8 @@ def sample_quality_figure(folder: Path) -> "Figure":
         quality_panel(axes, table[table["metric"] == name], x, colours)
         axes.set_xlabel("iterations of the expert")
         axes.set_title(f"{name}  (lower is better)", fontsize=9)
-    panels[0, 0].set_ylabel("distance of samples to the data")
-    panels[0, 0].legend(fontsize=7, frameon=False)
+    panels[0, 0].set_ylabel("distance of samples to the data,\nrelative to the shared network's")
+    panels[0, 0].legend(fontsize=7, frameon=False, loc="upper right")
     figure.colorbar(colours, ax=list(panels[0]), label="log-SNR of the expert's task (high = clean)")
     return figure
 

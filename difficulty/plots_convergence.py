@@ -253,15 +253,15 @@ def samples_figure(folder: Path, prediction: str) -> "Figure":
     table = table[(table["iteration"] > 0) & (table["prediction"] == prediction)]
     data, metrics = (list(dict.fromkeys(table[name])) for name in ("data", "metric"))
     colours = ScalarMappable(Normalize(table["log_snr"].min(), table["log_snr"].max()), "cividis")
-    figure, panels = _panels(len(data), len(metrics), 1.0 + 2.6 * len(data))
+    figure, panels = _panels(len(data), len(metrics), 0.8 + 2.8 * len(data))
     for row, name in zip(panels, data, strict=True):
         for axes, metric in zip(row, metrics, strict=True):
             part = table[(table["data"] == name) & (table["metric"] == metric)]
             quality_panel(axes, part, part.groupby("task")["log_snr"].first().to_numpy(), colours)
             axes.set_title(f"{name}, {metric}  (lower is better)", fontsize=9)
-        row[0].set_ylabel("distance of samples to the data", fontsize=8)
+        row[0].set_ylabel("distance of samples to the data,\nrelative to the shared network's", fontsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("iterations of the expert")
-    panels[0][0].legend(fontsize=7, frameon=False)
+    panels[0][0].legend(fontsize=7, frameon=False, loc="upper right")
     figure.colorbar(colours, ax=[axes for row in panels for axes in row], label="log-SNR of the expert's task")
     return figure
