@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -277,3 +278,9 @@ def test_shards_that_cannot_be_used_are_refused(tmp_path):
         packed.add(tmp_path / "few.tar", "few.npy")
     with pytest.raises(InputError, match="uncompressed tar"):
         load_dataset(f"wds:{tmp_path}/packed.tar")
+
+
+def test_missing_datasets_library_is_said_in_a_sentence(table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"install denoising-difficulty\[hub\]"):
+        load_dataset(f"hf:{table / 'arrow'}")

@@ -140,3 +140,9 @@ def test_images_and_autoencoders_that_do_not_go_together_are_refused(folder, dig
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="no AutoencoderKL that can be used"):
         latent_dataset(digits, Autoencoder(tmp_path / "cut"), "mean")
+
+
+def test_missing_diffusers_is_said_in_a_sentence(folder, digits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r"install denoising-difficulty\[diffusers\]"):
+        Autoencoder(folder).encode(digits.heldout, "mean")

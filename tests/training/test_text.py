@@ -312,3 +312,9 @@ def test_captions_reach_a_diffusers_network_by_its_own_inputs(halves, process, t
         plan = TrainPlan(**(vars(PLAN) | {"network": f"diffusers:{tmp_path}/{name}.json"}))
         with pytest.raises(InputError, match=message):
             Trainer(halves, process, plan, text=table)
+
+
+def test_missing_transformers_is_said_in_a_sentence(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"install denoising-difficulty\[text\]"):
+        TextEncoder(tiny.folder)
