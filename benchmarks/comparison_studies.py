@@ -6,6 +6,7 @@ Every setting (data, process, prediction) goes through three stages, each of whi
     explore    all designs of the recipe `measured` on exploration seeds, learning rate annealed
     confirm    the main arms on confirmation seeds, learning rate annealed
     constant   some of them with a constant learning rate, in the settings of which that was claimed to matter
+    noise      the noisiest tasks first, whatever was measured, likewise with a constant learning rate
 
 Between exploring and confirming one design is chosen over all settings by a rule that was written down before any of
 them was trained (``choose``): a design is admissible if its change of sample quality, the mean over settings and both
@@ -19,6 +20,7 @@ it counting as 1; if none is admissible, the one with the least change of sample
 """
 
 import argparse
+import io
 import shutil
 import time
 from collections.abc import Sequence
@@ -33,24 +35,27 @@ from difficulty.experts import ExpertPlan
 from difficulty.measurement import measure
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
-from difficulty.records import write_table
+from difficulty.records import write_bytes, write_table
 from training.compare import compare
 from training.curriculum import make_curriculum
 from training.plots import draw_folder
+from training.plots_comparison import overview
 from training.recipe import DESIGNS
 from training.report import write_report
+from training.verdicts import verdict_table
 
 SIMPLE = ("log-snr", "min-snr", "p2")
 # The rule takes a design for its sample quality where none is admissible; the fastest one is judged beside it.
 FASTEST = "measured:root-long"
 MAIN = ("vanilla", "vanilla-again", "curriculum", "anti", "static", *SIMPLE, "measured", FASTEST)
 CONSTANT = ("vanilla", "curriculum", "anti", "p2")
-CONTROLS = ("random", "non-accumulating", "first-then-all", "paper", "curriculum+min-snr", "measured-static")
+FEWER = ("vanilla", "vanilla-again", "curriculum", "static", "log-snr", "p2", "measured", FASTEST)
 MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider than the digits have dimensions
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
-STAGES = ("measure", "explore", "confirm", "constant")
+FIGURES = ("forest", "learning_curves", "task_curves", "exposure")
+STAGES = ("measure", "explore", "confirm", "constant", "noise")
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,10 @@ class Setting:
 SETTINGS = {
     "digits-mixture-cosine-v": Setting("digits-mixture", "vp-cosine", "v", exploring=True, constant=True),
     "digits-mixture-linear-eps": Setting("digits-mixture", "vp-linear", "eps", exploring=True, constant=True),
-    "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=1000),
-    "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, exploring=True),
-    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=1000),
-    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=(*MAIN, *CONTROLS)),
+    "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=800, arms=FEWER),
+    "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, FEWER, True),
+    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=800, arms=FEWER),
+    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=FEWER),
 }
 
 
@@ -91,7 +96,7 @@ class Budget:
     samples: int = 1024
 
 
-SMOKE = Budget(0.01, (0, 1), (100, 101), (0,), 20, 5, 64)
+SMOKE = Budget(0.005, (0, 1), (100, 101), (0,), 20, 5, 64)
 
 
 def run_measure(setting: Setting, budget: Budget, folder: Path) -> None:
@@ -112,7 +117,13 @@ def run_compare(
 ) -> None:
     process, ranking = get_process(setting.process), Ranking.load(folder / "measurement")
     curriculum = make_curriculum(
-        ranking, k=min(5, budget.tasks), pacing="fraction", pacing_options={"share": CURRICULUM_SHARE}, process=process
+        ranking,
+        method="kmeans" if stage != "noise" else "contiguous",
+        measure="excess_nats" if stage != "noise" else "noise-level",
+        k=min(5, budget.tasks),
+        pacing="fraction",
+        pacing_options={"share": CURRICULUM_SHARE},
+        process=process,
     )
     explores = stage == "explore"
     began = time.monotonic()
@@ -166,19 +177,38 @@ def choose(folders: dict[str, Path]) -> pd.DataFrame:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Copy the tables and two figures of the finished stages; runs and weights stay where they are."""
-    for stage in ("explore", "confirm", "constant"):
-        if (folder / stage / "effects.csv").exists():
-            draw_folder(folder / stage)
-            write_report(folder / stage)
-            target = out / folder.name / stage
-            target.mkdir(parents=True, exist_ok=True)
-            names = ["run.json", "effects.csv", "comparison.csv", "speed.csv", "exposure.csv"]
-            names += [] if stage == "explore" else ["report.md", "order.csv"]
-            for name in names:
-                shutil.copy(folder / stage / name, target / name)
-    (out / folder.name).mkdir(parents=True, exist_ok=True)
+    """Copy the tables, the report and a few figures of the finished stages; runs and weights stay where they are."""
+    for stage in STAGES[1:]:
+        source, target = folder / stage, out / folder.name / stage
+        if not (source / "effects.csv").exists():
+            continue
+        (target / "figures").mkdir(parents=True, exist_ok=True)
+        for name in ("run.json", "effects.csv", "comparison.csv", "order.csv", "speed.csv", "exposure.csv"):
+            shutil.copy(source / name, target / name)
+        if stage != "explore":
+            draw_folder(source)
+            for name in FIGURES:
+                shutil.copy(source / "figures" / f"{name}.png", target / "figures")
+        write_report(target)
+        (target / "report.html").unlink()
     shutil.copy(folder / "measurement" / "ranking.json", out / folder.name / "ranking.json")
+
+
+def summarise(out: Path) -> None:
+    """verdicts.csv and the figure over all settings, from the committed comparisons alone."""
+    confirmed = {name: out / name / "confirm" for name in SETTINGS if (out / name / "confirm" / "effects.csv").exists()}
+    constant = {
+        name if stage == "constant" else f"{name}, noisiest first": out / name / stage
+        for stage in ("constant", "noise")
+        for name in SETTINGS
+        if (out / name / stage / "run.json").exists()
+    }
+    tables = [verdict_table(folders) for folders in (confirmed, constant) if folders]
+    write_table(out / "verdicts.csv", pd.concat(tables))
+    figure = overview(confirmed, ("nats", *METRICS))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_bytes(out / "overview.png", buffer.getvalue())
 
 
 def main() -> None:
@@ -203,12 +233,15 @@ def main() -> None:
                 run_compare(setting, budget, folder, stage, setting.arms)
             elif stage == "constant" and setting.constant:
                 run_compare(setting, budget, folder, stage, CONSTANT, "constant")
+            elif stage == "noise" and setting.constant:
+                run_compare(setting, budget, folder, stage, ("vanilla", "curriculum"), "constant")
             print(f"{stage} {name}: {time.monotonic() - began:.0f} s", flush=True)
         explored = {name: options.runs / name for name in options.settings if SETTINGS[name].exploring}
         if stage == "explore" and explored:
             write_table(options.out / "designs.csv", choose(explored))
     for name in options.settings:
         publish(options.runs / name, options.out)
+    summarise(options.out)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,9 @@ def _task_curves(points: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Paired difference of nats per unit log-SNR to the baseline, per task and evaluation, with its interval."""
     wide = points.pivot(index=["lr_schedule", "step", "task", "seed"], columns="arm", values="nats_per_log_snr")
     tables = []
-    for arm in wide.columns.drop(baseline):
+    for arm in points["arm"].drop_duplicates():
+        if arm == baseline:
+            continue
         difference = (wide[arm] - wide[baseline]).unstack("seed")
         tables.append(paired_intervals(difference).reset_index().assign(arm=arm))
     columns = ["arm", "lr_schedule", "step", "task", "difference", "ci_low", "ci_high"]

@@ -1,8 +1,8 @@
 """Figures of a comparison, each drawn from the CSV files of its folder. Intervals are always shown."""
 
-__all__ = ["COMPARISON_FIGURES"]
+__all__ = ["COMPARISON_FIGURES", "forest", "overview"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,7 @@ def forest(folder: Path) -> "Figure":
     figure, axes = grid(1, len(metrics), height)
     for column, (ax, metric) in enumerate(zip(axes[0], metrics, strict=True)):
         own = table[table["metric"] == metric]
-        # The A/A band may reach far beyond the effects, which are what the figure is about.
-        judged = own.loc[~own["arm"].isin(_again(folder)), ["ci_low", "ci_high"]].to_numpy(float)
-        low, high = percent_change([min(np.nanmin(judged), 0), max(np.nanmax(judged), 0)]) if judged.size else (-1, 1)
-        ax.set_xlim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
+        _fit(ax, own, _again(folder))
         for row in own.itertuples():
             within = schedules.index(row.lr_schedule) - (len(schedules) - 1) / 2
             _effect(ax, arms.index(row.arm) + 0.34 * within, row, MARKERS.get(str(row.lr_schedule), "D"))
@@ -88,6 +85,47 @@ def _effect(ax: "Axes", y: float, row: Any, marker: str) -> None:
     ax.plot([middle], [y], marker, ms=4.5, color=colour, mfc=colour if colour != NEUTRAL else "white")
 
 
+def overview(folders: Mapping[str, Path], metrics: Sequence[str], schedule: str = "cosine") -> "Figure":
+    """Effects of several comparisons side by side: a column per comparison, a row per metric.
+
+    Args:
+        folders: finished comparisons by the name of their setting.
+        metrics: which metrics.
+        schedule: learning-rate schedule.
+    """
+    columns = ("arm", "lr_schedule", "metric", "log_ratio", "ci_low", "ci_high", "verdict")
+    tables = {name: read_table(folder / "effects.csv", columns) for name, folder in folders.items()}
+    arms = list(dict.fromkeys(arm for table in tables.values() for arm in table["arm"]))
+    figure, axes = grid(len(metrics), len(folders), 1.0 + len(metrics) * (0.5 + 0.17 * len(arms)))
+    for across, (name, table) in enumerate(tables.items()):
+        for down, metric in enumerate(metrics):
+            ax = axes[down, across]
+            own = table[(table["metric"] == metric) & (table["lr_schedule"] == schedule)]
+            _fit(ax, own, _again(folders[name]))
+            for row in own.itertuples():
+                _effect(ax, arms.index(str(row.arm)), row, MARKERS.get(schedule, "D"))
+            ax.axvline(0, color="black", lw=0.8)
+            ax.set_yticks(range(len(arms)), arms if across == 0 else [""] * len(arms))
+            ax.set_ylim(len(arms) - 0.5, -0.5)
+            ax.tick_params(labelsize=7)
+            ax.grid(axis="x", alpha=0.3)
+            ax.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, %", fontsize=8)
+        axes[0, across].set_title(name.replace("-", "-\n", 1) if len(name) > 16 else name, fontsize=8)
+    figure.suptitle(
+        f"Change against plain training, learning rate {schedule}: left of 0 is better, 95 % intervals\n"
+        "blue helps, orange hurts (after Holm), open: no difference shown; grey band: A/A",
+        fontsize=9,
+    )
+    return figure
+
+
+def _fit(ax: "Axes", effects: pd.DataFrame, again: Sequence[str]) -> None:
+    """Limits by the arms that are judged: the A/A band may reach far beyond the effects, which the figure is about."""
+    judged = effects.loc[~effects["arm"].isin(again), ["ci_low", "ci_high"]].to_numpy(float)
+    low, high = percent_change([min(np.nanmin(judged), 0), max(np.nanmax(judged), 0)]) if judged.size else (-1, 1)
+    ax.set_xlim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
+
+
 def _schedule_legend(figure: "Figure", schedules: list[str]) -> None:
     from matplotlib.lines import Line2D
 
@@ -110,7 +148,7 @@ def learning_curves(folder: Path) -> "Figure":
         for ax, metric in zip(row, ("nats", "loss"), strict=True):
             own = table[(table["metric"] == metric) & (table["lr_schedule"] == schedule)]
             wide = own.pivot(index=["step", "seed"], columns="arm", values="value")
-            late = 0.0
+            least, most = 0.0, 0.0
             for arm, colour, line in _lines(_arms(table, without=baseline), again):
                 found = paired_intervals((wide[arm] - wide[baseline]).unstack("seed"))
                 low, middle, high = (percent_change(found[name]) for name in ("ci_low", "difference", "ci_high"))
@@ -118,15 +156,15 @@ def learning_curves(folder: Path) -> "Figure":
                 if arm not in again:
                     ax.plot(found.index, middle, color=colour, ls=line, label=arm, lw=1.4)
                 # The first evaluations, inside the first stages, would set the scale of everything after them.
-                later = slice(len(found) // 4, None)
-                late = max(late, float(np.nanmax(np.abs([low[later], high[later], middle[later]]))))
+                later = np.concatenate([values[len(found) // 4 :] for values in (low, middle, high)])
+                least, most = min(least, float(np.nanmin(later))), max(most, float(np.nanmax(later)))
             ax.axhline(0, color="black", lw=0.8)
             ax.set_xlabel("iteration")
             ax.set_ylabel(f"{METRIC_NAMES[metric]}\n% from {baseline}", fontsize=9)
             ax.set_title(f"learning rate {schedule}", fontsize=9)
             ax.grid(alpha=0.3)
-            if late > 0:
-                ax.set_ylim(-1.1 * late, 1.1 * late)
+            if most > least:
+                ax.set_ylim(least - 0.1 * (most - least), most + 0.1 * (most - least))
     _legend(figure, axes[0, 0], again)
     figure.suptitle(
         "Against the baseline at the same iteration; bands are 95 % intervals over paired seeds", fontsize=9
