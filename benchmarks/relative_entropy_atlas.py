@@ -102,7 +102,7 @@ def main() -> None:
         for name in PROCESSES:
             path = finished / f"{data.name}_{name}.csv"
             if not path.exists():
-                write_table(path, kl(data, name, pairs=STEPS)[COLUMNS], digits=5)
+                write_table(path, kl(data, name, pairs=STEPS, bootstrap=8)[COLUMNS], digits=5)
             table = pd.read_csv(path).assign(law=label, process=name)
             parts.append(table.assign(reason=table.reason.astype(object).fillna("")))
             print(label, name, f"{table.valid.mean():.0%} valid", flush=True)

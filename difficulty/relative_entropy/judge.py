@@ -52,6 +52,8 @@ SOME_AXES, MANY_AXES = 24, 1024
 # Of candidates with at least this weight relative to the most likely one, the simplest is taken.
 PLAUSIBLE = 0.3
 RICHER_WEIGHT = 0.25
+# A candidate that less noise gives less weight than this cannot be the law.
+REFUTED = 1e-3
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.02
 MANY_COMPONENTS = 8
@@ -156,16 +158,17 @@ class Judge:
         return names, weight
 
     def _refuted_at_less_noise(self, weight: Array, best: Rows) -> Array:
-        """Weights of the rivals of each anchor's choice, the least of those at all levels where that choice holds.
+        """Weights without those rivals of an anchor's choice that less noise, where that choice holds, refutes.
 
-        There is one law behind all levels: a rival that less noise refutes is no doubt about a choice that it does not.
+        There is one law behind all levels. Refuted is what is out of the question, not what is a little less likely.
         """
         order = np.argsort(self.anchors.tau)
-        least = weight.copy()
+        kept = weight.copy()
         for j, i in enumerate(best):
             cleaner = order[: int(np.flatnonzero(order == j)[0]) + 1]
-            least[:, j] = weight[:, cleaner[weight[i, cleaner] > PLAUSIBLE]].min(1)
-        return least
+            least = weight[:, cleaner[weight[i, cleaner] > PLAUSIBLE]].min(1)
+            kept[least < REFUTED, j] = 0.0
+        return kept
 
     # -- measurement -------------------------------------------------------------------------------------------------
 

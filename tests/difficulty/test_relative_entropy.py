@@ -336,6 +336,13 @@ def test_pairs_that_a_sample_cannot_resolve_are_not_valid(kind):
     assert (table.reason != "").all()
 
 
+def test_a_cusp_is_not_taken_for_the_smooth_mixture_that_is_a_little_more_likely():
+    # The mixture is off by a factor of 100 at this noise, and held-out data hardly prefer the fit with cusps.
+    rng = np.random.default_rng([4, 818])
+    rows = np.stack([rng.laplace(0, 0.5, 2000) for _ in range(2)], 1) @ ortho_group.rvs(2, random_state=24).T
+    assert not kl(split_samples("cusp", rows.astype(np.float32)), "edm", pairs=[4, 65, 100]).valid.any()
+
+
 def test_pairs_marked_valid_are_within_thirty_percent_of_the_truth():
     law = gaussian(6, 0.4, 0.3)
     covered = total = 0
