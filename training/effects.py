@@ -13,6 +13,7 @@ Pairing can make an effect certain that is too small to matter: one whose interv
 __all__ = ["EFFECT_COLUMNS", "effects", "holm", "iterations_to_baseline", "paired_intervals"]
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,7 @@ def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -
     wide = results.pivot(index="seed", columns=["lr_schedule", "metric", "arm"], values="value")
     if not (wide > 0).all(axis=None):
         raise InputError("a metric is missing for a seed or not positive; every arm needs every seed")
-    logs = dict(zip(wide.columns, np.log(wide.to_numpy(float)).T, strict=True))
+    logs: dict[Any, Array] = dict(zip(wide.columns.to_list(), np.log(wide.to_numpy(float)).T, strict=True))
     rows = []
     for schedule in dict.fromkeys(results["lr_schedule"]):
         for metric in dict.fromkeys(results["metric"]):

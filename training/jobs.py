@@ -107,7 +107,8 @@ def run_file(out: Path, arm: str, seed: int, lr_schedule: str) -> Path:
 
 def group_jobs(plan: TrainPlan, jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """Jobs in groups that train together, no fewer groups than workers where there are enough jobs."""
-    able, alone = [], []
+    able: list[Job] = []
+    alone: list[Job] = []
     for job in jobs:
         (able if can_be_stacked(replace(plan, weight=job.spec.weight)) else alone).append(job)
     groups = [[job] for job in alone]

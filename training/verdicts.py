@@ -9,6 +9,7 @@ __all__ = ["verdict_table", "verdicts_in_words"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -60,6 +61,6 @@ def verdicts_in_words(table: pd.DataFrame, metrics: Sequence[str], schedule: str
     return pd.DataFrame(rows)
 
 
-def _cell(effect: Mapping[str, object]) -> str:
-    low, middle, high = (percent(float(str(effect[name]))) for name in ("ci_low", "log_ratio", "ci_high"))
+def _cell(effect: Mapping[Any, Any]) -> str:
+    low, middle, high = (percent(effect[name]) for name in ("ci_low", "log_ratio", "ci_high"))
     return f"{effect['verdict']}: {middle} [{low}, {high}]"
