@@ -8,12 +8,13 @@ from typing import Any
 from difficulty.commandline import run_cli
 from training.commands.compare import compare, quickstart
 from training.commands.export import export
-from training.commands.order import cluster, validate
+from training.commands.order import cluster, recipe, validate
 from training.commands.outcome import evaluate, plot, sample
 from training.commands.run import run
 
 SUBCOMMANDS: Mapping[str, Callable[..., Any]] = {
     "cluster": cluster,
+    "recipe": recipe,
     "validate": validate,
     "run": run,
     "compare": compare,

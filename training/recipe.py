@@ -20,7 +20,7 @@ Nothing is tuned on the metrics that judge. Designs, each a list of (share of th
     log-snr      (u + q)/4 + half of uniform log-SNR for the first 60 %, then u
 """
 
-__all__ = ["CHOSEN", "DESIGNS", "measured_recipe"]
+__all__ = ["CHOSEN", "DESIGNS", "MEASURE", "measured_recipe"]
 
 import math
 from collections.abc import Callable, Mapping, Sequence

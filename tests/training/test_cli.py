@@ -34,6 +34,16 @@ def test_every_subcommand_has_help_with_an_example(name, call):
     assert f"Example: training {name}" in " ".join(out.split())
 
 
+def test_the_recipe_becomes_a_curriculum_that_a_run_trains_with(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    file = tmp_path / "m.json"
+    code, text, _ = call("recipe", tmp_path, "--design", "root-long", "--output", file)
+    assert (code, "2 densities of t" in text) == (0, True)
+    assert call("run", DATA, "--curriculum", file, "--out", tmp_path / "run", "--steps", "20", *SMALL)[0] == 0
+    stages = (tmp_path / "run" / "stages.csv").read_text()
+    assert "base density 2 of 2 takes over" in stages
+
+
 def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ranking, tmp_path):
     ranking.save(tmp_path / "ranking.json")
     curriculum, out = tmp_path / "c.json", tmp_path / "run"

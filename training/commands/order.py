@@ -1,6 +1,6 @@
-"""The commands that make and check a curriculum: ``training cluster`` and ``training validate``."""
+"""The commands that make and check a curriculum: ``training cluster``, ``recipe`` and ``validate``."""
 
-__all__ = ["cluster", "validate"]
+__all__ = ["cluster", "recipe", "validate"]
 
 import json as jsonlib
 from pathlib import Path
@@ -13,6 +13,7 @@ from difficulty.process import get_process
 from difficulty.ranking import Ranking
 from training.commands.arguments import File
 from training.curriculum import Curriculum, known_process, make_curriculum
+from training.recipe import CHOSEN, MEASURE, measured_recipe
 
 
 def cluster(
@@ -68,6 +69,22 @@ def cluster(
         return
     print(f"{output}: {k} clusters by {method} of {curriculum.provenance['measure']}, {order}")
     _describe(curriculum)
+
+
+def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.json")) -> None:
+    """Write the recipe `measured` for a ranking as a curriculum: a density of t that changes over the run.
+
+    Example: training recipe results/digits --design root-long --output measured.json
+
+    Args:
+        folder: Results folder with ranking.json, or that file; tasks of equal width in log-SNR serve best.
+        design: half, root, root-long, mild, annealed, guarded or log-snr; see training/recipe.py.
+        output: File to write.
+    """
+    ranking = Ranking.load(folder)
+    curriculum = measured_recipe(ranking, known_process(ranking.process, str(folder)), design)
+    curriculum.save(output)
+    print(f"{output}: recipe {design} from {MEASURE}, {len(curriculum.density_phases) + 1} densities of t")
 
 
 def validate(curriculum: File, process: str | None = None, json: bool = False) -> int:
