@@ -171,7 +171,7 @@ def pairs_figure(folder: Path) -> "Figure":
         rows = table[table["question"] == question]
         for index, name in enumerate(data):
             part = rows[rows["data"] == name]
-            height = part["measure"].map(names.index) + 0.24 * (index - 0.5 * (len(data) - 1))
+            height = np.array([names.index(m) for m in part["measure"]]) + 0.24 * (index - 0.5 * (len(data) - 1))
             axes.plot(
                 part["spearman"], height, MARKERS[index], color=PALETTE[index], markersize=3.5, alpha=0.55,
                 markeredgewidth=0, label=name,

@@ -41,6 +41,25 @@ def trainer_sentence():
     )
 
 
+def convergence_rows():
+    """The headline of the convergence study: median and least rho per definition and question."""
+    table = pd.read_csv(ROOT / "results" / "convergence-study" / "summary.csv")
+    table = table[table["data"] == "all"]
+    rows = []
+    for definition, part in table.groupby("measure", sort=False):
+        found = part.set_index("question")
+        asked = ("predictions", "seeds", "processes", "grids")
+        cells = [f"{found['median'][question]:.2f} ({found['least'][question]:.2f})" for question in asked]
+        rows.append(f"| `{definition}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_agreement_of_definitions_is_that_of_the_committed_study():
+    rows = convergence_rows()
+    assert len(rows) == 7
+    assert [row for row in rows if row not in README.splitlines()] == []
+
+
 def test_the_summary_is_that_of_the_committed_quickstart():
     summary = (ROOT / "results" / "quickstart-digits" / "summary.txt").read_text().rstrip()
     assert f"```\n{summary}\n```" in README

@@ -11,9 +11,10 @@ from difficulty.agreement import agreement_table
 from difficulty.convergence import DEFINITIONS
 from difficulty.experts import ExpertPlan
 from difficulty.measurement import measure
-from difficulty.records import read_run
+from difficulty.records import read_run, read_table
 
 ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "results" / "convergence-study"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,19 @@ def script():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("question", ["predictions", "seeds"])
+def test_on_the_exact_law_predictions_and_seeds_order_the_tasks_alike_at_the_default_budget(question):
+    table, cells = read_table(STUDY / "agreement.csv"), read_table(STUDY / "cells.csv").set_index("cell")
+    names = [f"digits-mixture_vp-linear_{prediction}_t" for prediction in ("eps", "x0", "v")]
+    assert (cells.loc[names, "iterations"] == ExpertPlan().budget).all()
+    assert (cells.loc[names, "seeds"] == len(ExpertPlan().seeds)).all()
+    of_these = table["first"].str.split(" ").str[0].isin(names) & table["second"].str.split(" ").str[0].isin(names)
+    rows = table[of_these & (table["measure"] == "excess_nats") & (table["question"] == question)]
+    assert len(rows) == {"predictions": 3, "seeds": 9}[question]
+    assert (rows["points"] == 20).all()
+    assert (rows["spearman"] >= 0.95).all()
 
 
 def test_predictions_and_seeds_order_the_tasks_alike_on_fresh_experts(tmp_path):
@@ -59,3 +73,18 @@ def test_the_study_runs_at_a_small_scale_and_a_second_run_measures_nothing_again
     script.main(arguments, scale)
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.csv")} == written
+
+
+def test_the_committed_study_is_small_and_covers_what_it_says(script):
+    assert sum(path.stat().st_size for path in STUDY.rglob("*") if path.is_file()) < 3_000_000
+    scale = read_run(STUDY, "convergence-study")["config"]["scale"]
+    cells = read_table(STUDY / "cells.csv")
+    assert set(cells["data"]) == set(scale["data"]) == set(script.DATA)
+    assert set(cells["process"]) == set(scale["processes"]) == set(script.PROCESSES)
+    assert set(cells["prediction"]) == set(scale["predictions"]) == set(script.PREDICTIONS)
+    crossed = cells[cells["grid"] == "log-snr"].groupby("data").size()
+    assert crossed.to_dict() == dict.fromkeys(scale["log_snr_data"], 12)
+    assert (cells.loc[cells["kind"] == "experts", "seeds"] >= 3).all()
+    pd.testing.assert_frame_equal(
+        read_table(STUDY / "summary.csv"), script.summarise(read_table(STUDY / "agreement.csv")), rtol=1e-3
+    )
