@@ -41,8 +41,9 @@ def estimate_gaussian(dataset: Dataset, pairs: Pairs, settings: Settings) -> Est
     if sample.rank == 0 or not others:
         return found
     doubter = Judge(sample, pairs, settings, [Candidate("gaussian"), *others])
-    names, weight = doubter.choose()
-    told_apart = weight[names.index(Candidate("gaussian"))] <= PLAUSIBLE
+    names, _ = doubter.choose()
+    # At this level alone: less noise may well refute the Gaussian that is right here.
+    told_apart = doubter.plausibility[names.index(Candidate("gaussian"))] <= PLAUSIBLE
     tau = np.minimum(pairs.tau, 1e3)
     wrong = np.interp(tau, tau[doubter.net.at], told_apart.astype(float)) > 0
     reason = np.where(wrong & found.valid, "held-out data tell the law from a Gaussian at this noise", found.reason)

@@ -134,7 +134,10 @@ class Judge:
     # -- choice ------------------------------------------------------------------------------------------------------
 
     def choose(self) -> tuple[list[Candidate], Array]:
-        """Candidates and their weights (candidates, m): 1 for the best of an anchor, small for the implausible."""
+        """Candidates and their weights (candidates, m): 1 for the best of an anchor, small for the implausible.
+
+        Afterwards ``plausibility`` holds the likelihood of each at each level by itself, relative to the best.
+        """
         found: dict[Candidate, Array] = {}
         tops: dict[tuple[str, float], list[float]] = {}
         for done, candidate in enumerate(self.pool):
@@ -150,6 +153,7 @@ class Judge:
         weight = np.exp(0.5 * (total - total.max(0)))
         size = np.array([c.parameters(self.sample.rank) for c in names])
         best = _simplest_cover(weight > PLAUSIBLE, size)
+        self.plausibility = weight
         weight = self._refuted_at_less_noise(weight, best)
         # Richer fits that are no better are noise more often than news; simpler ones are not.
         richer = size[:, None] > size[best]
