@@ -333,7 +333,7 @@ def write_study(scale: Scale, runs: Path, out: Path, command: str) -> None:
         write_table(out / f"{name}.csv", _rounded(table))
     folders = [folder for folder in runs.iterdir() if finished(folder)]
     seconds = sum(read_json(folder / "run.json").get("wall_seconds", 0.0) for folder in folders)
-    finish_run(out, run, wall_seconds=round(seconds))
+    finish_run(out, run, command=command, wall_seconds=round(seconds))
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
