@@ -7,6 +7,9 @@ Every setting (data, process, prediction) goes through three stages, each of whi
     confirm    the main arms on confirmation seeds, learning rate annealed
     constant   some of them with a constant learning rate, in the settings of which that was claimed to matter
     noise      the noisiest tasks first, whatever was measured, likewise with a constant learning rate
+    controls   what the curriculum's order is made of, in the same settings, learning rate annealed
+    later      the design `ordered`, made after the first confirmation, on the exploration seeds
+    fresh      the same beside its parts on seeds that nothing before has used
 
 Between exploring and confirming one design is chosen over all settings by a rule that was written down before any of
 them was trained (``choose``): a design is admissible if its change of sample quality, the mean over settings and both
@@ -40,7 +43,7 @@ from training.compare import compare
 from training.curriculum import make_curriculum
 from training.plots import draw_folder
 from training.plots_comparison import overview
-from training.recipe import DESIGNS
+from training.recipe import DESIGNS, ORDERED
 from training.report import write_report
 from training.verdicts import verdict_table
 
@@ -49,13 +52,21 @@ SIMPLE = ("log-snr", "min-snr", "p2")
 FASTEST = "measured:root-long"
 MAIN = ("vanilla", "vanilla-again", "curriculum", "anti", "static", *SIMPLE, "measured", FASTEST)
 CONSTANT = ("vanilla", "curriculum", "anti", "p2")
+CONTROLS = (
+    *("vanilla", "random", "non-accumulating", "first-then-all", "paper"),
+    *("curriculum+min-snr", "curriculum+p2", "logit-normal"),
+)
 FEWER = ("vanilla", "vanilla-again", "curriculum", "static", "log-snr", "p2", "measured", FASTEST)
 MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider than the digits have dimensions
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
 FIGURES = ("forest", "learning_curves", "task_curves", "exposure")
-STAGES = ("measure", "explore", "confirm", "constant", "noise")
+STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh")
+EXPLORED = tuple(f"measured:{name}" for name in DESIGNS if name not in ORDERED)
+LATER = tuple(f"measured:{name}" for name in ORDERED)
+CONFIRMS = {"confirm": "explore", "constant": "explore", "noise": "explore", "controls": "explore", "fresh": "later"}
+SEEDS_OF = {"explore": "explore_seeds", "later": "explore_seeds", "fresh": "fresh_seeds"}
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,17 @@ class Setting:
     arms: tuple[str, ...] = MAIN
     exploring: bool = False
     constant: bool = False
+    fresh: bool = False
 
 
 # The most important first.
 SETTINGS = {
-    "digits-mixture-cosine-v": Setting("digits-mixture", "vp-cosine", "v", exploring=True, constant=True),
-    "digits-mixture-linear-eps": Setting("digits-mixture", "vp-linear", "eps", exploring=True, constant=True),
-    "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=800, arms=FEWER),
-    "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, FEWER, True),
+    "digits-mixture-cosine-v": Setting("digits-mixture", "vp-cosine", "v", exploring=True, constant=True, fresh=True),
+    "digits-mixture-linear-eps": Setting(
+        "digits-mixture", "vp-linear", "eps", exploring=True, constant=True, fresh=True
+    ),
+    "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=800, arms=FEWER, fresh=True),
+    "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, FEWER, True, fresh=True),
     "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=800, arms=FEWER),
     "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=FEWER),
 }
@@ -89,14 +103,15 @@ class Budget:
 
     share: float = 1.0  # of the iterations of a setting
     explore_seeds: tuple[int, ...] = (0, 1, 2, 3)
-    confirm_seeds: tuple[int, ...] = (100, 101, 102, 103, 104, 105, 106, 107)
+    confirm_seeds: tuple[int, ...] = tuple(range(100, 108))
+    fresh_seeds: tuple[int, ...] = tuple(range(200, 208))
     expert_seeds: tuple[int, ...] = (0, 1)
     expert_budget: int = 400
     tasks: int = 20
     samples: int = 1024
 
 
-SMOKE = Budget(0.005, (0, 1), (100, 101), (0,), 20, 5, 64)
+SMOKE = Budget(0.005, (0, 1), (100, 101), (200, 201), (0,), 20, 5, 64)
 
 
 def run_measure(setting: Setting, budget: Budget, folder: Path) -> None:
@@ -125,7 +140,6 @@ def run_compare(
         pacing_options={"share": CURRICULUM_SHARE},
         process=process,
     )
-    explores = stage == "explore"
     began = time.monotonic()
     compare(
         load_dataset(setting.data),
@@ -133,7 +147,7 @@ def run_compare(
         arms,
         ranking=ranking,
         curriculum=curriculum,
-        seeds=budget.explore_seeds if explores else budget.confirm_seeds,
+        seeds=getattr(budget, SEEDS_OF.get(stage, "confirm_seeds")),
         steps=round(budget.share * setting.steps),
         out=folder / stage,
         network=setting.network,
@@ -141,7 +155,7 @@ def run_compare(
         lr_schedules=[schedule],
         metrics=METRICS,
         samples=budget.samples,
-        confirms=folder / "explore" if not explores and setting.exploring else None,
+        confirms=folder / CONFIRMS[stage] if stage in CONFIRMS and setting.exploring else None,
         progress=lambda what, done, total: print(f"  {done}/{total} {time.monotonic() - began:.0f} s", flush=True),
     )
 
@@ -156,7 +170,7 @@ def choose(folders: dict[str, Path]) -> pd.DataFrame:
     for name, folder in folders.items():
         effects = pd.read_csv(folder / "explore" / "effects.csv").set_index(["arm", "metric"])["log_ratio"]
         speed = pd.read_csv(folder / "explore" / "speed.csv").groupby("arm")
-        for arm in ("log-snr", *(f"measured:{design}" for design in DESIGNS)):
+        for arm in ("log-snr", *EXPLORED):
             own = {metric: effects[arm, metric] for metric in ("nats", "loss", *METRICS)}
             runs = speed.get_group(arm)
             facts = {"share": geometric_mean(runs["share"]), "every_seed_reached": not runs["censored"].any()}
@@ -177,7 +191,7 @@ def choose(folders: dict[str, Path]) -> pd.DataFrame:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Copy the tables, the report and a few figures of the finished stages; runs and weights stay where they are."""
+    """Copy tables and report of the finished stages, and figures of the confirmation; runs and weights stay."""
     for stage in STAGES[1:]:
         source, target = folder / stage, out / folder.name / stage
         if not (source / "effects.csv").exists():
@@ -185,7 +199,7 @@ def publish(folder: Path, out: Path) -> None:
         (target / "figures").mkdir(parents=True, exist_ok=True)
         for name in ("run.json", "effects.csv", "comparison.csv", "order.csv", "speed.csv", "exposure.csv"):
             shutil.copy(source / name, target / name)
-        if stage != "explore":
+        if stage == "confirm":
             draw_folder(source)
             for name in FIGURES:
                 shutil.copy(source / "figures" / f"{name}.png", target / "figures")
@@ -196,15 +210,15 @@ def publish(folder: Path, out: Path) -> None:
 
 def summarise(out: Path) -> None:
     """verdicts.csv and the figure over all settings, from the committed comparisons alone."""
-    confirmed = {name: out / name / "confirm" for name in SETTINGS if (out / name / "confirm" / "effects.csv").exists()}
-    constant = {
-        name if stage == "constant" else f"{name}, noisiest first": out / name / stage
-        for stage in ("constant", "noise")
-        for name in SETTINGS
-        if (out / name / stage / "run.json").exists()
-    }
-    tables = [verdict_table(folders) for folders in (confirmed, constant) if folders]
-    write_table(out / "verdicts.csv", pd.concat(tables))
+    def finished(stage: str, suffix: str = "") -> dict[str, Path]:
+        folders = {name: out / name / stage for name in SETTINGS}
+        return {f"{name}{suffix}": path for name, path in folders.items() if (path / "effects.csv").exists()}
+
+    confirmed = finished("confirm")
+    others = finished("constant") | finished("noise", ", noisiest first")
+    others |= finished("controls", ", controls") | finished("fresh", ", fresh seeds")
+    # With a constant learning rate a setting keeps its name: the column lr_schedule tells them apart.
+    write_table(out / "verdicts.csv", pd.concat([verdict_table(folders) for folders in (confirmed, others) if folders]))
     figure = overview(confirmed, ("nats", *METRICS))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -227,8 +241,13 @@ def main() -> None:
             if stage == "measure":
                 run_measure(setting, budget, folder)
             elif stage == "explore" and setting.exploring:
-                arms = ["vanilla", "log-snr", *(f"measured:{design}" for design in DESIGNS)]
-                run_compare(setting, budget, folder, stage, arms)
+                run_compare(setting, budget, folder, stage, ["vanilla", "log-snr", *EXPLORED])
+            elif stage == "controls" and setting.constant:
+                run_compare(setting, budget, folder, stage, CONTROLS)
+            elif stage == "later" and setting.exploring:
+                run_compare(setting, budget, folder, stage, ["vanilla", *LATER])
+            elif stage == "fresh" and setting.fresh:
+                run_compare(setting, budget, folder, stage, ["vanilla", "curriculum", FASTEST, *LATER])
             elif stage == "confirm":
                 run_compare(setting, budget, folder, stage, setting.arms)
             elif stage == "constant" and setting.constant:

@@ -15,6 +15,8 @@ Nothing is tuned on the metrics that judge. Designs, each a list of (share of th
                  emphasis with fewer extremes
     root-long    the same for the first 85 %
     mild         (3 u + r)/4 for the first 85 %, then u
+    ordered      as root-long, and over the first quarter of the run the clusters of the measured difficulty join from
+                 easy to hard
     annealed     u + a (q - u) with a falling from 3/4 to 0 like a cosine, in ten parts
     guarded      as half, but every task in the noisier half of all t keeps 3/4 of its mass under u
     log-snr      (u + q)/4 + half of uniform log-SNR for the first 60 %, then u
@@ -30,11 +32,13 @@ import numpy as np
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
-from training.curriculum import Cluster, Curriculum, DensityField, DensityPhase, PacingField
+from training.curriculum import Curriculum, DensityField, make_curriculum
 from training.density import density, log_snr_widths, normalised, task_masses
 
 MEASURE = "excess_nats"
 CHOSEN = "guarded"
+ORDERED = ("ordered",)  # designs that add the clusters one after the other
+CLUSTERS, ORDERED_SHARE = 5, 0.25
 PARTS = 10
 KEPT = 0.75
 
@@ -79,6 +83,7 @@ DESIGNS: Mapping[str, Design] = {
     "root": _rooted(0.5, 0.6),
     "root-long": _rooted(0.5, 0.85),
     "mild": _rooted(0.25, 0.85),
+    "ordered": _rooted(0.5, 0.85),
     "annealed": _annealed,
     "guarded": _guarded,
     "log-snr": _log_snr,
@@ -86,7 +91,7 @@ DESIGNS: Mapping[str, Design] = {
 
 
 def measured_recipe(ranking: Ranking, process: Process, design: str = CHOSEN) -> Curriculum:
-    """The recipe as a curriculum of one stage with changing base densities; `training run` and the adapters take it.
+    """The recipe as a curriculum with changing base densities, which `training run` and the adapters take.
 
     Args:
         ranking: a measurement that holds ``excess_nats``; tasks of equal width in log-SNR resolve q best.
@@ -104,15 +109,20 @@ def measured_recipe(ranking: Ranking, process: Process, design: str = CHOSEN) ->
     hard = normalised(_excess(measure.value) * _widths(tasks, process))
     noisy = np.array([task.t_first > process.T / 2 for task in tasks])
     (_, first), *later = make(uniform, hard, even, noisy)
-    return Curriculum(
-        process=process.fingerprint,
-        tasks=tasks,
-        clusters=[Cluster(tasks=list(range(len(tasks))), difficulty=None)],
-        accumulate=True,
-        pacing=PacingField(rule="fraction"),
-        density=_field(first, uniform),
-        density_phases=[DensityPhase(start=start, density=_field(mass, uniform)) for start, mass in later],
-        provenance={"recipe": "measured", "design": design, "measure": MEASURE, "dataset": ranking.dataset},
+    clusters = CLUSTERS if design in ORDERED else 1
+    ordered = make_curriculum(
+        ranking,
+        k=min(clusters, len(tasks)),
+        measure=MEASURE,
+        pacing="fraction",
+        pacing_options={"share": ORDERED_SHARE},
+        process=process,
+    )
+    return ordered.with_clusters(
+        ordered.clusters,
+        density=_field(first, uniform).model_dump(),
+        density_phases=[{"start": start, "density": _field(mass, uniform).model_dump()} for start, mass in later],
+        provenance=ordered.provenance | {"recipe": "measured", "design": design},
     )
 
 
