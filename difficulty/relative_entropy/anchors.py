@@ -77,6 +77,7 @@ class Anchors:
             right = np.minimum(left + (self.at[left] < everywhere), len(self.at) - 1)
             family = family[np.where(to - x[left] <= x[right] - to, left, right)]
             reason = np.where(reason[left] != "", reason[left], reason[right])
+        i_min = np.where(family == "bracket", np.nan, i_min)  # bounds of the KL are none of the rate
         width = np.exp(quantile * np.minimum(log_error, 50.0))
         valid = np.asarray(reason == "", dtype=bool)
         return Estimate(kl, reverse, kl * log_error, kl / width, kl * width, i_min, family, valid, reason)

@@ -126,7 +126,7 @@ class Judge:
         kl[narrow] = np.sqrt(low * high)[narrow]
         error[narrow], quantile[narrow] = np.log(high[narrow] / low[narrow]) / (2 * Z90), Z90
         family[narrow], reasons[narrow] = "bracket", ""
-        i_min = np.where(narrow, np.nan, self.moments()[:, 3])
+        i_min = self.moments()[:, 3]
         blank = np.zeros(len(kl))
         at_anchors = Estimate(kl, reverse * kl, blank, blank, blank, i_min, family, reasons == "", reasons)
         return self.net.everywhere(at_anchors, error, quantile, sample.dim, sample.second_moment)

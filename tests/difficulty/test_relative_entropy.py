@@ -294,6 +294,8 @@ def test_a_narrow_bracket_is_an_answer_where_the_fit_is_refused():
     assert table.valid.all()
     assert ((table.ci_low <= truth * 1.001) & (truth <= table.ci_high * 1.001)).all()
     assert table.i_min.isna().all()
+    many = kl(split_samples("ring", samples_of(law, 300)), "ve", pairs=list(range(20, 70)), bootstrap=2, samples=500)
+    assert np.isfinite(many.kl).all()
 
 
 @pytest.mark.parametrize("kind", ["sphere", "radial tails", "cube"])
