@@ -44,7 +44,7 @@ def test_on_the_exact_law_predictions_and_seeds_order_the_tasks_alike_at_the_def
 def test_predictions_and_seeds_order_the_tasks_alike_on_fresh_experts(tmp_path):
     folders = []
     for prediction in ("eps", "x0", "v"):
-        plan = ExpertPlan(prediction=prediction, seeds=(0, 1), budget=100, heldout_draws=200)
+        plan = ExpertPlan(prediction=prediction, seeds=(0, 1), budget=100, batch=64, heldout_draws=100)
         folders.append(tmp_path / prediction)
         measure("digits-mixture:n=2000", out=folders[-1], tasks=6, measures=["convergence"], plan=plan)
     table = agreement_table(folders)
@@ -52,7 +52,9 @@ def test_predictions_and_seeds_order_the_tasks_alike_on_fresh_experts(tmp_path):
     assert (table["spearman"] >= 0.95).all()
 
 
-def test_the_study_runs_at_a_small_scale_and_a_second_run_measures_nothing_again(script, tmp_path):
+def test_the_study_runs_at_a_small_scale_and_a_second_run_measures_nothing_again(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("difficulty.expert_samples.SAMPLES", 64)
+    monkeypatch.setattr("difficulty.expert_samples.STEPS", 8)
     scale = script.Scale(
         data=("digits",), log_snr_data=("digits",), exact="digits", processes=("vp-linear", "edm"),
         predictions=("eps", "x0"), budget=20,
