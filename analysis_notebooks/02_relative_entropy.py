@@ -35,7 +35,8 @@ pd.set_option("display.width", 160)
 # %% [markdown]
 # ## The answer, law by law and process by process
 # Rank correlation of the KL per step with t, over the valid pairs. -1 means that the observation holds exactly; an
-# empty cell is a KL of zero at every t (whitened data under a variance-preserving process).
+# empty cell is a KL of zero at every t (whitened data under a variance-preserving process). The 1/k² spectrum has a
+# mean variance of 1/4; under the variance-exploding processes the answer depends on that scale.
 
 # %%
 order = atlas["law"].drop_duplicates()
@@ -52,7 +53,8 @@ atlas.pivot(index="law", columns="process", values="argmax_t_over_T").loc[order]
 # images are. It does not hold in general: the variance-exploding processes reverse it for the same data.
 #
 # ## How much of it is the schedule?
-# The same KL per squared step of log-SNR, and I_min, the rate that no choice of the schedule can remove:
+# The same KL per squared step of log-SNR, and I_min, the rate that no choice of the schedule can remove (an empty cell
+# is an I_min of zero: data of one variance in all directions):
 
 # %%
 columns = ["law", "process", "rank_kl", "rank_per_dlogsnr2", "rank_i_min"]
@@ -63,7 +65,7 @@ display(Image(filename=str(results / "relative-entropy-atlas" / "figures" / "vp-
 
 # %% [markdown]
 # ## May the estimates be believed?
-# Laws held back while the estimator was made (one rule came after a first look, see the README of the folder), given as
+# Laws held back while the estimator was made (what came after a first look, the README of the folder says), given as
 # samples. Of the pairs that it marks valid: relative
 # error, and the share of 90 % intervals that contain the truth.
 
