@@ -191,6 +191,7 @@ def draw_folder(folder: Path) -> list[Path]:
         for suffix in ("png", "svg"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=150)
+            figure.set_layout_engine("none")  # laid out once for both forms: on many panels that is most of the work
             paths.append(folder / "figures" / f"{name}.{suffix}")
             write_bytes(paths[-1], buffer.getvalue())
         _close(figure)
