@@ -10,6 +10,7 @@ Every setting (data, process, prediction) goes through three stages, each of whi
     controls   what the curriculum's order is made of, in the same settings, learning rate annealed
     later      the design `ordered`, made after the first confirmation, on the exploration seeds
     fresh      the same beside its parts on seeds that nothing before has used
+    rivals     the same seeds, with the simple arm that was best on held-out nats as the baseline
 
 Between exploring and confirming one design is chosen over all settings by a rule that was written down before any of
 them was trained (``choose``): a design is admissible if its change of sample quality, the mean over settings and both
@@ -62,11 +63,11 @@ METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
 FIGURES = ("forest", "learning_curves", "task_curves", "exposure")
-STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh")
+STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals")
 EXPLORED = tuple(f"measured:{name}" for name in DESIGNS if name not in ORDERED)
 LATER = tuple(f"measured:{name}" for name in ORDERED)
 CONFIRMS = {"confirm": "explore", "constant": "explore", "noise": "explore", "controls": "explore", "fresh": "later"}
-SEEDS_OF = {"explore": "explore_seeds", "later": "explore_seeds", "fresh": "fresh_seeds"}
+SEEDS_OF = {"explore": "explore_seeds", "later": "explore_seeds", "fresh": "fresh_seeds", "rivals": "fresh_seeds"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ SETTINGS = {
         "digits-mixture", "vp-linear", "eps", exploring=True, constant=True, fresh=True
     ),
     "digits-linear-eps": Setting("digits", "vp-linear", "eps", steps=800, arms=FEWER, fresh=True),
+    "digits-linear-eps-long": Setting("digits", "vp-linear", "eps", arms=(), fresh=True),
     "grid-2d-linear-eps": Setting("grid-2d", "vp-linear", "eps", "mlp:width=64", 3000, FEWER, True, fresh=True),
-    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=800, arms=FEWER),
-    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=FEWER),
+    "photo-patches-flow": Setting("photo-patches-8", "flow-matching", "velocity", steps=800, arms=FEWER, fresh=True),
+    "grid-2d-edm": Setting("grid-2d", "edm", "edm", "mlp:width=64", arms=FEWER, fresh=True),
 }
 
 
@@ -217,6 +219,7 @@ def summarise(out: Path) -> None:
     confirmed = finished("confirm")
     others = finished("constant") | finished("noise", ", noisiest first")
     others |= finished("controls", ", controls") | finished("fresh", ", fresh seeds")
+    others |= finished("rivals", ", against log-snr")
     # With a constant learning rate a setting keeps its name: the column lr_schedule tells them apart.
     write_table(out / "verdicts.csv", pd.concat([verdict_table(folders) for folders in (confirmed, others) if folders]))
     figure = overview(confirmed, ("nats", *METRICS))
@@ -248,7 +251,9 @@ def main() -> None:
                 run_compare(setting, budget, folder, stage, ["vanilla", *LATER])
             elif stage == "fresh" and setting.fresh:
                 run_compare(setting, budget, folder, stage, ["vanilla", "curriculum", FASTEST, *LATER])
-            elif stage == "confirm":
+            elif stage == "rivals" and setting.fresh and setting.process == "vp-linear" and setting.arms:
+                run_compare(setting, budget, folder, stage, ["log-snr", "min-snr", "p2", FASTEST, *LATER])
+            elif stage == "confirm" and setting.arms:
                 run_compare(setting, budget, folder, stage, setting.arms)
             elif stage == "constant" and setting.constant:
                 run_compare(setting, budget, folder, stage, CONSTANT, "constant")

@@ -8,8 +8,10 @@ import pytest
 
 from difficulty.cli import SUBCOMMANDS as DIFFICULTY
 from training.cli import SUBCOMMANDS as TRAINING
+from training.verdicts import verdicts_in_words
 
 ROOT = Path(__file__).parents[1]
+SHOWN_ARMS = ("curriculum", "measured:root-long", "measured:ordered")
 README = (ROOT / "README.md").read_text()
 
 
@@ -93,6 +95,20 @@ def test_the_obeyed_conditions_are_those_of_the_committed_tables():
 
 def test_the_speed_of_the_trainer_is_that_of_the_committed_table():
     assert trainer_sentence() in " ".join(README.split())
+
+
+def verdict_rows():
+    """The README's table of verdicts, from the committed comparisons."""
+    table = pd.read_csv(ROOT / "results" / "comparison" / "verdicts.csv")
+    words = verdicts_in_words(table[table["arm"].isin(SHOWN_ARMS)], ("nats", "sw-pixels"))
+    return ["| " + " | ".join(row) + " |" for row in words.to_numpy()]
+
+
+def test_the_verdicts_are_those_of_the_committed_comparisons():
+    rows = verdict_rows()
+    assert len(rows) >= 8
+    block = README.split("<!-- verdicts: results/comparison/verdicts.csv -->")[1].split("\n\n")[0].strip().splitlines()
+    assert block[2:] == rows
 
 
 def test_every_file_that_the_readme_names_exists():
