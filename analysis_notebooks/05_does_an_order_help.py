@@ -120,6 +120,13 @@ fresh = verdicts[verdicts["setting"].str.endswith("fresh seeds")]
 verdicts_in_words(fresh, ("nats", "fd-pixels", "sw-pixels"))
 
 # %% [markdown]
+# Against the simple arm with the best held-out nats there (here the baseline), on the same seeds:
+
+# %%
+rivals = verdicts[verdicts["setting"].str.endswith("against log-snr")]
+verdicts_in_words(rivals, ("nats", "fd-pixels", "sw-pixels"))
+
+# %% [markdown]
 # ## Constant and annealed learning rate
 #
 # Does an effect survive the annealing of the learning rate?

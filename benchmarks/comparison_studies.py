@@ -62,7 +62,7 @@ MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider th
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
-FIGURES = ("forest", "learning_curves", "task_curves", "exposure")
+FIGURES = ("forest", "learning_curves", "task_curves")
 STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals")
 EXPLORED = tuple(f"measured:{name}" for name in DESIGNS if name not in ORDERED)
 LATER = tuple(f"measured:{name}" for name in ORDERED)
@@ -199,9 +199,10 @@ def publish(folder: Path, out: Path) -> None:
         if not (source / "effects.csv").exists():
             continue
         (target / "figures").mkdir(parents=True, exist_ok=True)
-        for name in ("run.json", "effects.csv", "comparison.csv", "order.csv", "speed.csv", "exposure.csv"):
+        for name in ("run.json", "effects.csv", "comparison.csv", "order.csv", "speed.csv"):
             shutil.copy(source / name, target / name)
         if stage == "confirm":
+            shutil.copy(source / "exposure.csv", target / "exposure.csv")
             draw_folder(source)
             for name in FIGURES:
                 shutil.copy(source / "figures" / f"{name}.png", target / "figures")
