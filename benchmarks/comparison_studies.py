@@ -18,7 +18,7 @@ sample metrics of the mean log-ratio to plain training, is at most 2 %; of these
 final held-out nats after the smallest share of its iterations, geometric mean over settings, a run that does not reach
 it counting as 1; if none is admissible, the one with the least change of sample quality.
 
-    python benchmarks/comparison_studies.py                      everything, about 80 minutes on one core
+    python benchmarks/comparison_studies.py                      everything, about an hour on one core
     python benchmarks/comparison_studies.py --settings grid-2d-linear-eps --stages measure explore confirm
     python benchmarks/comparison_studies.py --smoke --out DIR     the same path in seconds, for the tests
 """
