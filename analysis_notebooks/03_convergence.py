@@ -24,7 +24,7 @@
 #
 # Nothing is trained here: every number is read from `results/convergence-study`, which this command makes:
 #
-#     python benchmarks/convergence_study.py --out results/convergence-study --log-snr-data digits-mixture
+#     python benchmarks/convergence_study.py --out results/convergence-study
 #
 # The data: `digits-mixture` (64 dimensions, ten Gaussians fitted to the digits; its Bayes loss is known exactly),
 # `digits` (8 x 8) and `photo-patches-8` (3 x 8 x 8 crops of two photographs). For the last two the floor is the best
@@ -119,10 +119,10 @@ summary.pivot(index="measure", columns="question", values="least").round(3).rena
 # %% [markdown]
 # ## The same log-SNR under another process
 #
-# With tasks cut in log-SNR the processes can be laid over each other (mixture, 250 iterations): they give one curve. It
-# is not monotone. Difficulty peaks near log-SNR 3 and falls again towards clean data, so that "lower t is harder",
-# almost exactly true of tasks equally long in t, is a tendency at best for tasks equally long in log-SNR. The table has
-# Kendall's tau with the order of t on this grid; the paper's rate sees no such peak.
+# With tasks cut in log-SNR the processes can be laid over each other (250 iterations): they give one curve. It is not
+# monotone. Difficulty peaks at log-SNR 2 to 5, depending on the data, and falls again towards clean data, so that
+# "lower t is harder", almost exactly true of tasks equally long in t, is a tendency at best for tasks equally long in
+# log-SNR. The table has Kendall's tau with the order of t on this grid; the paper's rate sees no such peak.
 
 # %%
 processes_figure(STUDY, "v")

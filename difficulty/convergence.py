@@ -275,7 +275,8 @@ def exponential(curves: LearningCurves) -> SeedValues:
 
 
 def _exponential_fall(iteration: Array, end: float, height: float, log_time: float) -> Array:
-    return end + height * np.exp(-iteration * np.exp(-log_time))
+    # A search may try any time constant; beyond these it is none, and the exponential would overflow.
+    return end + height * np.exp(-iteration * np.exp(-np.clip(log_time, -30.0, 30.0)))
 
 
 def power_law(curves: LearningCurves) -> SeedValues:
