@@ -281,6 +281,8 @@ def _check_compiler(on_cpu: bool) -> None:
         names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
         if not any(shutil.which(name) for name in names):
             raise InputError(f"compiling needs a C++ compiler, and {' or '.join(names)} is not to be found")
+        if " " in torch.__file__:  # torch hands its own folder to the compiler unquoted
+            raise InputError("torch cannot compile where the path of its installation has a space in it; move it")
     elif importlib.util.find_spec("triton") is None:
         raise InputError("compiling for a GPU needs the package triton, which is not installed")
 
