@@ -113,7 +113,7 @@ class Judge:
         rest = np.exp(found.log_kl)
         kl = rest + exact.kl
         upper = upper_bound(self.anchors, sample.dim, sample.second_moment)
-        reasons = objections(sample, self.anchors, found, (upper - exact.kl).clip(min=0.0) / upper)
+        reasons = objections(sample, self.anchors, found, (upper - exact.kl).clip(min=0.0) / upper, kl)
         self.fit_reasons = reasons.copy()
         reverse = (found.reverse * rest + exact.kl_reverse) / kl
         family = np.array([c.family for c in found.family], dtype=object)

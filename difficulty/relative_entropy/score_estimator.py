@@ -45,6 +45,7 @@ from difficulty.relative_entropy.score import (
 )
 from difficulty.relative_entropy.score_field import EXACT_DIVERGENCE, ModelScore, ScoreSource, Wiener, evaluate
 from difficulty.relative_entropy.score_training import ITERATIONS, train_score
+from difficulty.relative_entropy.verdict import LIMITS, ROUGHER, unseen
 
 Array = npt.NDArray[np.float64]
 
@@ -126,6 +127,7 @@ def estimate_score(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
             raise InputError(f"estimator 'score' trains on {FOLDS} folds and needs {10 * FOLDS} distinct samples")
         null, moment = null_block(sample), sample.second_moment
         folds = _train(sample.rows + sample.mean, sample.counts, net.chosen, settings)
+        hidden = unseen(net.chosen, sample)
     else:
         assert settings.process is not None
         if settings.model.process is not None:
@@ -135,7 +137,9 @@ def estimate_score(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         source = ModelScore(settings.model, settings.process, dataset.shape)
         null, moment = GaussianBlock(np.zeros(0), np.zeros(0)), float(rows.square().sum(1).mean())
         folds = [Fold(rows, wiener, source, None, _rivals(train.numpy(), np.ones(len(train)), pairs, settings.seed))]
-    return _estimate(folds, net, null, dataset.dim, moment, settings)
+        # How many samples the model has seen is not known; it answers for what it learnt from them.
+        hidden = np.zeros(len(net.chosen))
+    return _estimate(folds, net, null, hidden, dataset.dim, moment, settings)
 
 
 def _train(rows: Array, counts: Array, pairs: Pairs, settings: Settings) -> list[Fold]:
@@ -173,7 +177,13 @@ def _rivals(rows: Array, counts: Array, pairs: Pairs, seed: int) -> list[Fit]:
 
 
 def _estimate(
-    folds: list[Fold], net: Anchors, null: GaussianBlock, dim: int, second_moment: float, settings: Settings
+    folds: list[Fold],
+    net: Anchors,
+    null: GaussianBlock,
+    hidden: Array,
+    dim: int,
+    second_moment: float,
+    settings: Settings,
 ) -> Estimate:
     pairs, m = net.chosen, len(net.at)
     exact = null.measure(pairs, 0, 0)
@@ -194,6 +204,8 @@ def _estimate(
             error, i_min = 1.0, 0.0
             reason = "alpha ends at 0, where a time score is not defined; the Gaussian value is given"
         total = kl + exact.kl[i]
+        if not reason and hidden[i] > LIMITS.unseen * total:
+            reason = ROUGHER
         rows.append((total, max(back, 0.0) + exact.kl_reverse[i], error * kl / total, max(i_min, 0.0)))
         reasons.append(reason)
         settings.progress(m + i + 1, 2 * m)

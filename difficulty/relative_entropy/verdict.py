@@ -7,9 +7,20 @@ bound F7: a fit that is too smooth makes the rest small, and must not excuse its
 Where the fit is refused the relative entropy still lies in a bracket: above the exact part plus the certified lower
 bound of F6, 1/2 E[f g]^2/E[f^2] on held-out rows, which holds for any f, and below F7. If the bracket is no wider than
 +-30 %, its geometric middle is reported as the estimator "bracket" with the bracket as the interval.
+
+What no fit can exclude: a law that differs from the true one by the relative amount h(x) makes chi^2 = n E[h^2] in n
+samples and escapes them below 9. Under noise of scale s a wave of h of length 1/k is damped by exp(-s^2 k^2/2) and adds
+s^2 k^2 h to the time score: (s k)^4 exp(-(s k)^2) <= 4/e^2 of E[h^2] to its square. So roughness on the scale of the
+noise that n samples cannot show, such as a cusp in place of a rounded top, changes the relative entropy by up to
+1/2 (9/n) (4/e^2) dtau^2. Where the noise exceeds the extent L of the data, h is no finer than L and this falls by the
+factor (L^2/(L^2 + s^2))^2, as a Gaussian's own relative entropy does.
 """
 
-__all__ = ["FAR_SHARE", "LIMITS", "Findings", "Limits", "bracket", "objections", "spans_too_little", "tail_shares"]
+__all__ = [
+    "FAR_SHARE", "LIMITS", "ROUGHER",
+    "Findings", "Limits",
+    "bracket", "objections", "spans_too_little", "tail_shares", "unseen",
+]  # fmt: skip
 
 from dataclasses import dataclass
 
@@ -24,6 +35,9 @@ from difficulty.relative_entropy.sample import Sample
 Array = npt.NDArray[np.float64]
 
 FAR_SHARE = 0.0025
+# chi^2 of a departure that the samples do not show: three standard errors.
+UNDETECTED = 9.0
+ROUGHER = "too few samples for so little noise: they cannot exclude a rougher law with a much different value"
 MOST_AXES = 96
 
 
@@ -43,6 +57,7 @@ class Limits:
         missing: largest share of a discrete law that was seen only once.
         tail: largest share of the fourth moments that the farthest rows may have, on which every error rests; a normal
             law has 0.1, Laplace's 0.25, Student's with 4 degrees of freedom 0.6.
+        unseen: largest share of the KL that roughness may have which the samples cannot show.
         bracket: largest ratio of upper to lower end of a bracket that is reported, 1.3^2.
     """
 
@@ -56,6 +71,7 @@ class Limits:
     floor: float = 0.5
     missing: float = 0.2
     tail: float = 0.45
+    unseen: float = 0.3
     bracket: float = 1.69
 
 
@@ -87,7 +103,7 @@ class Findings:
     family: list[Candidate]
 
 
-def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array) -> npt.NDArray[np.object_]:
+def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: Array) -> npt.NDArray[np.object_]:
     """Why a pair is not valid, empty where it is, (m,).
 
     Args:
@@ -95,12 +111,14 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array) -> n
         pairs: the anchors.
         found: at the anchors.
         share: the largest share of the KL that the estimated part can have.
+        kl: the whole KL in nats.
     """
     test, z = found.tested, LIMITS.tested
     variance, variance_error = share * test.second_moment[:, 0], z * share * test.second_moment[:, 1]
     gap = np.abs(test.cross[:, 0] - found.log_kl)
     noise = pairs.sigma_from / np.maximum(pairs.alpha_from, 1e-12)
     unclear = test.cross[:, 1] > 0.5
+    hidden = unseen(pairs, sample)
     found_wanting = [
         (
             noise < LIMITS.floor * sample.step,
@@ -118,6 +136,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array) -> n
             np.full(len(noise), not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
             "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
         ),
+        (hidden > LIMITS.unseen * kl, ROUGHER),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
         (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
         (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),
@@ -139,6 +158,16 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array) -> n
     for fails, text in found_wanting[::-1]:
         reason[np.asarray(fails, bool)] = text
     return reason
+
+
+def unseen(pairs: Pairs, sample: Sample) -> Array:
+    """Most that roughness which the samples cannot show may add to the KL, nats, (m,); see the head of this module."""
+    if sample.discrete or not sample.rank:
+        return np.zeros(len(pairs))
+    with np.errstate(over="ignore"):
+        relative = np.exp(2 * pairs.tau) / float(sample.eigenvalues.max())
+    share_seen = np.minimum(4 * np.exp(-2) * pairs.dtau**2, 1.0)
+    return 0.5 * UNDETECTED / sample.n * share_seen / (1 + relative) ** 2
 
 
 def tail_shares(sample: Sample) -> Array:
