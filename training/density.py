@@ -153,7 +153,7 @@ def proportional_to(
 ) -> list[float]:
     """Mass of each task: a share that is uniform in t and a rest proportional to difficulty^power per timestep.
 
-    The uniform share keeps every task trained: THEORY's exploration found that giving it up costs sample quality.
+    The uniform share keeps every task trained, however easy it was found.
 
     Args:
         values: difficulty per task, positive; a task without a value takes the median of the others.

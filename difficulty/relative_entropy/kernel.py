@@ -91,7 +91,7 @@ class MixtureKernel:
         return torch.cat(out)
 
     def time_score(self, tau: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        """F = d log p/d tau and the dilation score q (THEORY F3) at y = x0 + exp(tau) eps, each (m, n)."""
+        """F = d log p/d tau and the dilation score q (`score`, F3) at y = x0 + exp(tau) eps, each (m, n)."""
         flows, dilations = [], []
         for rows in self._chunks(len(tau)):
             s = torch.from_numpy(np.exp(tau[rows]))[None, None, :]
