@@ -10,8 +10,9 @@ data set. For every pair (at most ``ANCHORS``; others are interpolated) the time
 the estimate is the first where the slope lies within 0.8..1.25, else cross, and never below the certified bound. A step
 longer than 0.3 in log s is integrated at fixed x instead (F9). The error joins the spread over rows and folds, what
 training longer changed, and the distance from the certified bound: f - f_true costs 1/2 E[(f - f_true)^2], which is the
-distance if f is calibrated. A pair is valid if that promises 30 %, and if no mixture fitted to the rows that the
-denoiser has seen certifies more than it estimates: a denoiser that learned nothing is calibrated, too.
+distance if f is calibrated. A denoiser that learned too little is calibrated, too, and its KL too small: by how much a
+mixture fitted to the same rows certifies more joins the error, and refuses the pair where it is beyond doubt. A pair is
+valid if its error promises 30 % and the samples can exclude a rougher law (`verdict`).
 """
 
 __all__ = ["estimate_score"]
@@ -63,6 +64,8 @@ LARGEST_EXCESS, EXCESS_ERRORS = 0.12, 1.3
 MOST_LEVELS, LEAST_LEVELS = 17, 5
 LOW_SLOPE, HIGH_SLOPE, UNUSABLE_SLOPE, UNUSABLE_ERROR = 0.8, 1.25, 0.3, 0.5
 LARGEST_ERROR = 0.12
+# A small network trained here is off by several percent whatever its folds agree on; a model of the user's is not ours.
+LEAST_ERROR = 0.05
 # log s beyond which data of unit size are noise to all digits; stands for infinity in the training range.
 MOST_TAU = 6.0
 MOST_AXES = 96
@@ -236,10 +239,14 @@ def _judge(found: list[Measured], early: Measured | None) -> tuple[float, float,
         change = float(logs[0] - np.log(max(_value(early.kl, early.cross, early.energy, early.integrated), 1e-300)))
     # A step that was integrated is no square: its mean energy at the nodes is compared.
     estimate = energy if found[0].integrated else value
+    short = 0.0
     for log_bound, bound_se in zip(*_rival_bounds(found), strict=True):
-        if log_bound - np.log(estimate) > LARGEST_EXCESS + EXCESS_ERRORS * bound_se:
+        excess = float(log_bound - np.log(estimate))
+        if excess > LARGEST_EXCESS + EXCESS_ERRORS * bound_se:
             return value, 1.0, "a certified lower bound (F6) of a mixture lies above what the denoiser says"
-    error = float(np.sqrt(max(between, within) ** 2 + (0.5 * gap) ** 2 + change**2))
+        short = max(short, excess)
+    own = LEAST_ERROR if early is not None else 0.0
+    error = float(np.sqrt(max(between, within) ** 2 + (0.5 * gap) ** 2 + change**2 + short**2 + own**2))
     text = "the errors of the denoiser, the sample and the draws add up to too much"
     return value, error, "" if error <= LARGEST_ERROR else text
 
