@@ -62,6 +62,24 @@ def test_the_agreement_of_definitions_is_that_of_the_committed_study():
     assert [row for row in rows if row not in README.splitlines()] == []
 
 
+def engine_sentence():
+    table = pd.read_csv(ROOT / "results" / "experts-speed" / "table.csv")
+    ours = table[(table["threads"] == 2) & ~table["contender"].str.startswith("plain")]
+    best = ours.loc[ours.groupby("network", sort=False)["ratio"].idxmax()]
+    speeds = [
+        f"{row['network']} {row['ratio']:.1f} [{row['ratio_low']:.1f}, {row['ratio_high']:.1f}] ({row['contender']})"
+        for _, row in best.iterrows()
+    ]
+    return (
+        "Twenty experts against the loop that one would write (one AdamW per expert), times its speed on two cores, "
+        f"fastest engine, median and range of {best['rounds'].iloc[0]} paired rounds: {', '.join(speeds)}."
+    )
+
+
+def test_the_speed_of_the_experts_is_that_of_the_committed_table():
+    assert engine_sentence() in " ".join(README.split())
+
+
 def test_the_summary_is_that_of_the_committed_quickstart():
     summary = (ROOT / "results" / "quickstart-digits" / "summary.txt").read_text().rstrip()
     assert f"```\n{summary}\n```" in README
