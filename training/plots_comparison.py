@@ -225,7 +225,11 @@ def task_curves(folder: Path) -> "Figure":
         ax.set_axis_off()
     figure.supxlabel("iteration", fontsize=9)
     figure.supylabel("log-SNR (noise grows downwards)", fontsize=9)
-    figure.colorbar(image, ax=axes, label="nats per unit log-SNR", shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, label="nats per unit log-SNR", shrink=0.8)
+    # The scale is linear around 0, where ticks of its own choice would lie on each other.
+    bar.set_ticks([-largest, -largest / 10, 0.0, largest / 10, largest])
+    bar.ax.set_yticklabels([f"{value:.2g}" for value in (-largest, -largest / 10, 0.0, largest / 10, largest)])
+    bar.ax.minorticks_off()
     figure.suptitle(
         f"Difference to {_baseline(folder)} per task over training, learning rate {schedule}: blue is better, "
         "blank: 95 % interval holds 0",
