@@ -98,10 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", type=Path, default=Path("runs/accuracy"), help="finished data sets, one file each")
+    parser.add_argument("--laws", nargs="+", choices=LAWS, default=LAWS, help="only these of the plan")
     arguments = parser.parse_args()
     parts = []
     for estimator, process, laws, seeds in PLAN:
-        for name in laws:
+        for name in [law for law in laws if law in arguments.laws]:
             for seed in seeds:
                 parts.append(measured(name, process, estimator, seed, arguments.parts))
                 row = summarise(parts[-1]).iloc[-1]
