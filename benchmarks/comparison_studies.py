@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 
 from difficulty.datasets import load_dataset
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
 from difficulty.process import get_process
 from difficulty.ranking import Ranking

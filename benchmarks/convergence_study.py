@@ -34,7 +34,7 @@ import pandas as pd
 from difficulty.agreement import agreement_table, rank_over_joint_floor
 from difficulty.convergence import DEFINITIONS
 from difficulty.datasets import load_dataset
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import convergence_estimates, measure
 from difficulty.probe import probe
 from difficulty.process import get_process

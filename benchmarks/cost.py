@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 
 from difficulty.datasets import load_dataset
-from difficulty.experts import ExpertPlan, train_experts
+from difficulty.expert_plan import ExpertPlan
+from difficulty.experts import train_experts
 from difficulty.process import get_process
 from difficulty.records import finish_run, start_run, write_table
 from difficulty.tasks import make_tasks

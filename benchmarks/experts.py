@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from difficulty.datasets import load_dataset
 from difficulty.engines import ENGINES, Bank, choose_engine
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan, build_expert
+from difficulty.expert_plan import ExpertPlan
+from difficulty.experts import build_expert
 from difficulty.process import get_process
 from difficulty.records import read_table, write_table
 

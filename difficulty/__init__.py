@@ -25,7 +25,7 @@ __all__ = [
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import Measurement, measure, rank_folder
 from difficulty.process import Process, from_arrays, get_process
 from difficulty.ranking import Ranking

@@ -90,7 +90,7 @@ def measure(
         estimator: of the relative entropy (see `difficulty kl --help`).
         json: print ranking.json on standard output.
     """
-    from difficulty.experts import ExpertPlan
+    from difficulty.expert_plan import ExpertPlan
     from difficulty.measurement import measure as run
     from difficulty.plots import plot_folder
     from difficulty.ranks import launched_ranks

@@ -19,7 +19,6 @@ __all__ = [
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from torch import Tensor
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
 from difficulty.engines import Bank, EngineChoice
+from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_state import ExpertState
 from difficulty.heldout import floor_losses, heldout_draws, zero_losses
 from difficulty.networks import build_network
@@ -37,9 +37,6 @@ from difficulty.process import Process
 from difficulty.randomness import integers, normal, uniform
 from difficulty.ranks import Ranks
 from difficulty.tasks import Task
-
-if TYPE_CHECKING:
-    from difficulty.experts import ExpertPlan
 
 Progress = Callable[[int, int], None]  # called with (iterations done, iterations in all)
 Member = tuple[int, int]  # index of the seed, index of the task
@@ -76,7 +73,7 @@ class Crew:
         dataset: Dataset,
         process: Process,
         tasks: Sequence[Task],
-        plan: "ExpertPlan",
+        plan: ExpertPlan,
         choice: EngineChoice,
         members: Sequence[Member],
         weights: dict[int, dict[str, Tensor]],
@@ -207,7 +204,7 @@ class Crew:
             self.excess.append(excess)
 
 
-def build_expert(dataset: Dataset, process: Process, plan: "ExpertPlan", seed: int) -> Denoiser:
+def build_expert(dataset: Dataset, process: Process, plan: ExpertPlan, seed: int) -> Denoiser:
     """An untrained expert; all experts of a seed start alike.
 
     Raises:

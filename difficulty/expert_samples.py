@@ -35,7 +35,8 @@ from difficulty.datasets import Dataset
 from difficulty.distances import frechet, pca, sliced_wasserstein
 from difficulty.engines import Bank
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan, train_shared
+from difficulty.expert_plan import ExpertPlan
+from difficulty.experts import train_shared
 from difficulty.prediction import to_x0
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream

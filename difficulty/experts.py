@@ -15,12 +15,9 @@ are shared among processes that of `ranks.py`; neither changes a draw, and numbe
 """
 
 __all__ = [
-    "STARTS",
     "ExpertCurves",
-    "ExpertPlan",
     "build_expert",
     "choose_expert_engine",
-    "log_spaced_iterations",
     "train_experts",
     "train_shared",
 ]
@@ -36,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from difficulty.datasets import Dataset
-from difficulty.engines import ENGINES, Bank, EngineChoice, choose_engine
-from difficulty.errors import InputError, choose
+from difficulty.engines import Bank, EngineChoice, choose_engine
+from difficulty.errors import InputError
 from difficulty.expert_crew import (
     EVALUATION_DRAWS,
     WARM_STREAM,
@@ -48,63 +45,13 @@ from difficulty.expert_crew import (
     build_expert,
     training_device,
 )
+from difficulty.expert_plan import ExpertPlan
 from difficulty.process import Process
 from difficulty.ranks import Ranks, helpers, launched_ranks
 from difficulty.tasks import Task
 
 # Called at every checkpoint with the iteration, the tasks and their experts, those of the first seed first.
 Watcher = Callable[[int, Sequence[Task], Bank], None]
-
-STARTS = ("cold", "shared", "neighbour")
-LEAST_BUDGET = 20
-CHECKPOINTS = 24
-
-
-@dataclass(frozen=True)
-class ExpertPlan:
-    """How experts are trained; together with data, process and tasks it determines every number.
-
-    Args:
-        network: a name in ``NETWORKS`` with options, e.g. ``mlp:width=128``, or ``FILE.py:FACTORY``.
-        prediction: a name in ``PREDICTIONS``.
-        seeds: one expert per task is trained for each.
-        budget: iterations at which difficulty is read off, >= 20. Training goes on to twice that, for the floor.
-        batch: samples per expert and iteration.
-        learning_rate: of AdamW, constant, no weight decay.
-        heldout_draws: fixed draws (x0, eps, t) per task.
-        engine: a name in ``difficulty.engines.ENGINES``, or auto.
-        compile: whether the experts' program goes through torch.compile.
-        start: a name in ``STARTS``. A network on all t is trained for the budget first and not counted.
-    """
-
-    network: str = "mlp"
-    prediction: str = "eps"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    budget: int = 2000
-    batch: int = 128
-    learning_rate: float = 1e-3
-    heldout_draws: int = 1024
-    engine: str = "auto"
-    compile: bool = False
-    start: str = "cold"
-
-    def __post_init__(self) -> None:
-        if self.budget < LEAST_BUDGET:
-            raise InputError(f"a budget of {self.budget} iterations ends before the first checkpoints; use >= 20")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"seeds must be different non-negative whole numbers, got {self.seeds}")
-        for name in ("batch", "heldout_draws", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.engine != "auto":
-            choose("engine", self.engine, ENGINES)
-        choose("start", self.start, dict.fromkeys(STARTS))
-
-    @property
-    def iterations(self) -> list[int]:
-        """Iterations after which held-out losses are taken: 0, log-spaced up to the budget, and twice the budget."""
-        return [0, *log_spaced_iterations(self.budget), round(1.4 * self.budget), 2 * self.budget]
-
 
 @dataclass(frozen=True, eq=False)
 class ExpertCurves:
@@ -127,12 +74,6 @@ class ExpertCurves:
     zero: npt.NDArray[np.float32]
     floor_is_exact: bool
     engine: EngineChoice | None = None
-
-
-def log_spaced_iterations(last: int, count: int = CHECKPOINTS) -> list[int]:
-    """At most ``count`` different whole numbers from about last/100 to last, evenly spaced on the log scale."""
-    first = max(1, last // 100)
-    return sorted({round(value) for value in np.geomspace(first, last, count)})
 
 
 def train_experts(

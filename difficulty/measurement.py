@@ -20,8 +20,9 @@ import pandas as pd
 from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
+from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_samples import SampleQuality, quality_estimates
-from difficulty.experts import ExpertCurves, ExpertPlan, choose_expert_engine, train_experts
+from difficulty.experts import ExpertCurves, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
 from difficulty.process import Process, get_process
 from difficulty.process_file import read_process, write_process

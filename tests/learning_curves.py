@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from difficulty.experts import log_spaced_iterations
+from difficulty.expert_plan import log_spaced_iterations
 
 BUDGET = 1000
 ITERATIONS = [0, *log_spaced_iterations(BUDGET, 60), 2 * BUDGET]

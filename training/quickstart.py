@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from difficulty.datasets import Dataset, load_dataset
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
 from difficulty.plots import plot_folder
 from difficulty.process import get_process

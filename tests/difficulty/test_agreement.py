@@ -14,7 +14,7 @@ from difficulty.cli import SUBCOMMANDS
 from difficulty.commandline import run_cli
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.process import get_process
 from difficulty.process_file import write_process
 from difficulty.rank_correlation import kendall, spearman

@@ -6,7 +6,8 @@ from learning_curves import BUDGET, exponential, losses_of
 
 from difficulty.convergence import convergence_table, loss_table
 from difficulty.errors import InputError
-from difficulty.experts import ExpertCurves, log_spaced_iterations
+from difficulty.expert_plan import log_spaced_iterations
+from difficulty.experts import ExpertCurves
 
 
 def value(table, definition, task=0, column="value"):

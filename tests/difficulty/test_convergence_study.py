@@ -9,7 +9,7 @@ import pytest
 
 from difficulty.agreement import agreement_table
 from difficulty.convergence import DEFINITIONS
-from difficulty.experts import ExpertPlan
+from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
 from difficulty.records import read_run, read_table
 

@@ -10,8 +10,9 @@ import pytest
 from difficulty.datasets import load_dataset
 from difficulty.engines import Bank
 from difficulty.errors import InputError
+from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_samples import QUALITY_COLUMNS, SampleQuality, _steps_in, quality_estimates
-from difficulty.experts import ExpertPlan, build_expert, train_experts
+from difficulty.experts import build_expert, train_experts
 from difficulty.measurement import measure
 from difficulty.plots import sample_quality_figure
 from difficulty.process import PROCESSES, get_process

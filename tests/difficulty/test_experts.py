@@ -7,7 +7,8 @@ import pytest
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan, log_spaced_iterations, train_experts
+from difficulty.expert_plan import ExpertPlan, log_spaced_iterations
+from difficulty.experts import train_experts
 from difficulty.heldout import heldout_draws
 from difficulty.process import get_process
 from difficulty.tasks import make_tasks

@@ -14,7 +14,8 @@ from difficulty import engines, ranks
 from difficulty.convergence import convergence_table, loss_table
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan, train_experts
+from difficulty.expert_plan import ExpertPlan
+from difficulty.experts import train_experts
 from difficulty.measurement import measure
 from difficulty.process import get_process
 from difficulty.records import read_json

@@ -6,7 +6,8 @@ import torch
 from difficulty.datasets import load_dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
-from difficulty.experts import ExpertPlan, train_experts
+from difficulty.expert_plan import ExpertPlan
+from difficulty.experts import train_experts
 from difficulty.laws import gaussian
 from difficulty.networks import DIT_SIZES, NETWORKS, DiT, build_network
 from difficulty.prediction import PREDICTIONS

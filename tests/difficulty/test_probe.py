@@ -212,7 +212,7 @@ def test_a_damaged_denoiser_file_is_refused(tmp_path):
 
 
 def test_a_floor_of_other_data_or_tasks_is_refused(tmp_path):
-    from difficulty.experts import ExpertPlan
+    from difficulty.expert_plan import ExpertPlan
     from difficulty.measurement import measure
 
     np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((60, 2)).astype(np.float32))
