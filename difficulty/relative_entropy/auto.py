@@ -9,8 +9,8 @@ import numpy as np
 from difficulty.datasets import Dataset
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.exact import estimate_exact
-from difficulty.relative_entropy.families import Candidate
-from difficulty.relative_entropy.judge import PLAUSIBLE, Judge, leading_axes
+from difficulty.relative_entropy.families import Candidate, leading_axes
+from difficulty.relative_entropy.judge import PLAUSIBLE, Judge
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample, make_sample
 
@@ -61,7 +61,7 @@ def candidates(sample: Sample) -> list[Candidate]:
     """What is worth fitting to so many rows of so many axes, simplest first within a family."""
     if sample.discrete:
         return [Candidate("atoms")]
-    n, d = sample.n, leading_axes(sample)
+    n, d = sample.n, leading_axes(sample.rank, sample.n)
     found = [Candidate("gaussian")]
     if sample.rank > MOST_FOR_MIXTURES:
         return found

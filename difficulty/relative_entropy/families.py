@@ -1,6 +1,6 @@
 """Families of laws that can be fitted to rows, each one function with the same arguments."""
 
-__all__ = ["Candidate", "Plan", "fit_candidate", "has_independent_axes"]
+__all__ = ["MOST_AXES", "Candidate", "Plan", "fit_candidate", "has_independent_axes", "leading_axes"]
 
 import warnings
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ from torch import Tensor
 from difficulty.laws import GaussianMixture
 from difficulty.relative_entropy.fits import Block, Fit, GaussianBlock, MixtureBlock, ProductBlock
 from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit_scale_mixture, responsibilities
+from difficulty.relative_entropy.pairs import Pairs
 
 Array = npt.NDArray[np.float64]
 
+# A mixture models at most so many axes; the others are Gaussian.
+MOST_AXES = 96
 BINS = 256
 LARGEST_COVARIANCE = 3.5  # in standard errors
 # A fit to a part of the rows starts from the fit to all of them and is soon there.
@@ -63,6 +66,17 @@ class Plan:
     leading: int
     floor: float
     seed: int
+
+    @classmethod
+    def of(cls, rank: int, n: int, variance: float, pairs: Pairs, seed: int) -> "Plan":
+        """For n rows of ``rank`` axes, the longest of that variance, under the noise of the pairs."""
+        finest = float(pairs.noise_from.min())
+        return cls(leading_axes(rank, n), max(1e-2 * finest**2, 1e-10 * variance), seed)
+
+
+def leading_axes(rank: int, n: int) -> int:
+    """Number of axes that a mixture of n rows models."""
+    return min(rank, MOST_AXES, max(1, n // 20))
 
 
 def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, like: Fit | None = None) -> Fit:

@@ -16,7 +16,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
    unless the bracket of certified bounds is itself narrow enough (``verdict``).
 """
 
-__all__ = ["PLAUSIBLE", "Judge", "leading_axes"]
+__all__ = ["PLAUSIBLE", "Judge"]
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.estimate import Estimate, Settings
-from difficulty.relative_entropy.families import Candidate, Plan, fit_candidate, has_independent_axes
+from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate, has_independent_axes
 from difficulty.relative_entropy.fits import null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
@@ -45,7 +45,6 @@ Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 ANCHORS = 40
-MOST_AXES = 96
 # Half-sample refits are worth their number; but beyond the first number of axes half of them have to do, and beyond the
 # second one pair, since each takes 10 s and more.
 SOME_AXES, MANY_AXES = 24, 1024
@@ -57,16 +56,11 @@ REFUTED = 1e-3
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.02
 MANY_COMPONENTS = 8
-# Share of a fourth moment that the rows farthest out must have for a check without them.
-# A quarter of the rows still spans all axes with room to spare.
+# Most axes per row at which a quarter of the rows still spans all of them with room to spare.
 QUARTER_SHARE = 0.17
+# Share of a fourth moment that the rows farthest out must have for a check without them.
 FAR_DOMINATE = 0.3
 SPLIT_STREAM = 23
-
-
-def leading_axes(sample: Sample) -> int:
-    """Number of axes that a mixture models; the others are Gaussian."""
-    return min(sample.rank, MOST_AXES, max(1, sample.n // 20))
 
 
 class Judge:
@@ -88,9 +82,7 @@ class Judge:
         self.anchors = self.net.chosen
         self.rows = sample.rows + sample.mean
         largest = float(sample.eigenvalues.max(initial=1e-30))
-        noise = pairs.sigma_from / np.maximum(pairs.alpha_from, 1e-12)
-        floor = max(1e-2 * float(noise.min()) ** 2, 1e-10 * largest)
-        self.plan = Plan(leading_axes(sample), floor, settings.seed)
+        self.plan = Plan.of(sample.rank, sample.n, largest, pairs, settings.seed)
         small = sample.n >= 8 * sample.rank and 1 <= sample.rank <= MOST_AXES
         if not (small and has_independent_axes(sample.rows, sample.counts, settings.seed)):
             pool = [c for c in pool if c.family != "product"]

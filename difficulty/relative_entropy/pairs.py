@@ -75,6 +75,11 @@ class Pairs:
         return 0.5 * ends
 
     @property
+    def noise_from(self) -> Array:
+        """sigma/alpha of the less noisy side: the scale of its noise in the units of the data."""
+        return self.sigma_from / np.maximum(self.alpha_from, 1e-12)
+
+    @property
     def log_snr(self) -> Array:
         """Log-SNR in the middle of the pair."""
         return -2.0 * self.tau

@@ -68,7 +68,6 @@ LARGEST_ERROR = 0.12
 LEAST_ERROR = 0.05
 # log s beyond which data of unit size are noise to all digits; stands for infinity in the training range.
 MOST_TAU = 6.0
-MOST_AXES = 96
 SPLIT_STREAM, NOISE_STREAM = 53, 37
 
 
@@ -172,10 +171,8 @@ def _rivals(rows: Array, counts: Array, pairs: Pairs, seed: int) -> list[Fit]:
     n, dim = rows.shape
     if dim > MOST_FOR_RIVALS:
         return []
-    leading = min(dim, MOST_AXES, max(1, n // 20))
-    noise = float((pairs.sigma_from / np.maximum(pairs.alpha_from, 1e-12)).min())
-    plan = Plan(leading, max(1e-2 * noise**2, 1e-10 * float(rows.var(0).max())), seed)
-    kinds = [Candidate("mixture", k, leading + 1.0) for k in RIVALS if n / k >= max(30, leading)]
+    plan = Plan.of(dim, n, float(rows.var(0).max()), pairs, seed)
+    kinds = [Candidate("mixture", k, plan.leading + 1.0) for k in RIVALS if n / k >= max(30, plan.leading)]
     return [fit_candidate(rows, counts, kind, plan) for kind in kinds]
 
 

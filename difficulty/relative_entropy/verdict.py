@@ -27,18 +27,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from difficulty.relative_entropy.families import Candidate
+from difficulty.relative_entropy.families import MOST_AXES, Candidate
 from difficulty.relative_entropy.heldout_tests import Tested
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample
 
 Array = npt.NDArray[np.float64]
 
+# Share of the rows, those farthest out, whose weight in a fourth moment is asked for.
 FAR_SHARE = 0.0025
 # chi^2 of a departure that the samples do not show: three standard errors.
 UNDETECTED = 9.0
 ROUGHER = "too few samples for so little noise: they cannot exclude a rougher law with a much different value"
-MOST_AXES = 96
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     test, z = found.tested, LIMITS.tested
     variance, variance_error = share * test.second_moment[:, 0], z * share * test.second_moment[:, 1]
     gap = np.abs(test.cross[:, 0] - found.log_kl)
-    noise = pairs.sigma_from / np.maximum(pairs.alpha_from, 1e-12)
+    noise = pairs.noise_from
     unclear = test.cross[:, 1] > 0.5
     hidden = unseen(pairs, sample)
     found_wanting = [
