@@ -4,7 +4,7 @@ Every process (rank) trains its share of the experts; rank 0 gathers what they f
 However they were started, they are one torch.distributed group that exchanges Python objects over gloo.
 """
 
-__all__ = ["ONE", "Ranks", "help_out", "helpers", "launched_ranks"]
+__all__ = ["ONE", "Ranks", "help_out", "helpers", "join_group", "launched_ranks"]
 
 import atexit
 import contextlib
@@ -89,6 +89,30 @@ class Ranks:
 ONE = Ranks()
 
 
+def join_group(backend: str, timeout: timedelta | None = None) -> None:
+    """Join the processes that torchrun started, until this one ends.
+
+    Args:
+        backend: of torch.distributed, gloo or nccl.
+        timeout: of one exchange; the backend's own without it.
+    """
+    dist.init_process_group(backend, timeout=timeout)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End the group while the interpreter still runs.
+
+    A thread of gloo drops the tensors of its last exchange after the exchange is over, and needs the interpreter for
+    it; if that is being torn down already, the process ends with SIGABRT. Destroying the group waits for its threads,
+    but not where something in C++ still holds the group, as torch's fully_shard does to the end. Sleeping hands the
+    interpreter to them.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(0.5)
+
+
 @functools.cache
 def launched_ranks() -> Ranks:
     """The ranks that torchrun started, joined on the first call; one where it did not."""
@@ -99,8 +123,7 @@ def launched_ranks() -> Ranks:
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)
+        join_group("gloo", PATIENCE)
         group = None
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 

@@ -9,7 +9,6 @@ A checkpoint holds whole tensors, so a run may go on with the other sibling or a
 
 __all__ = ["PARALLEL", "Parallel", "Replicated", "Sharded", "join_processes", "make_parallel", "moments"]
 
-import atexit
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from difficulty.errors import choose
+from difficulty.ranks import join_group
 
 BLOCKS = ("blocks", "transformer_blocks")  # lists of modules that are put together one at a time
 
@@ -127,8 +127,7 @@ def join_processes(device: str) -> tuple[int, str]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)
+        join_group("nccl" if device.startswith("cuda") else "gloo")
     return dist.get_rank(), device
 
 
