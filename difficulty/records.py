@@ -8,6 +8,7 @@ is written first as "running" and last as "finished", and a folder in any other 
 __all__ = [
     "as_json",
     "check_columns",
+    "digest",
     "fingerprint_array",
     "finish_run",
     "read_array",
@@ -29,7 +30,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,16 @@ def check_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> N
         raise InputError(f"{source} lacks the column(s) {', '.join(missing)}; it is foreign or of an older version")
 
 
+def digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of facts that JSON can hold, whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint_array(array: npt.NDArray[Any]) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of an array's values as little-endian C-ordered bytes."""
     ordered = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    digest = hashlib.sha256(ordered.tobytes()).hexdigest()
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
+    values = hashlib.sha256(ordered.tobytes()).hexdigest()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": values}
 
 
 def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:

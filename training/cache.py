@@ -8,7 +8,7 @@ The folder is that of the environment variable DENOISING_DIFFICULTY_CACHE, or el
 cache folder (XDG_CACHE_HOME or ~/.cache). Deleting it costs time and nothing else.
 """
 
-__all__ = ["cache_folder", "cached_tensors", "digest"]
+__all__ = ["cache_folder", "cached_tensors"]
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from difficulty.records import write_bytes
+from difficulty.records import digest, write_bytes
 
 CACHE_FORMAT = "denoising-difficulty/cache/1"
 CACHE_VARIABLE = "DENOISING_DIFFICULTY_CACHE"
@@ -33,11 +33,6 @@ def cache_folder() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denoising-difficulty"
-
-
-def digest(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of facts that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def cached_tensors(

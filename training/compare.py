@@ -31,9 +31,8 @@ from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import finish_run, read_json, read_run, start_run, write_json, write_table
-from difficulty.tasks import make_tasks
 from training.arms import ArmSpec, choose_arms
-from training.curriculum import Curriculum, make_curriculum
+from training.curriculum import Curriculum, make_curriculum, tasks_of
 from training.effects import EFFECT_COLUMNS, effects, iterations_to_baseline, paired_intervals
 from training.jobs import HELD_OUT, Job, Setting, group_jobs, run_file
 from training.metrics import check_metrics
@@ -112,7 +111,7 @@ def compare(
     if not schedules:
         raise InputError(f"no learning-rate schedule is asked for; known are {', '.join(LR_SCHEDULES)}")
     plan = TrainPlan(steps=steps, batch=batch, network=network, prediction=prediction, lr=lr, lr_schedule=schedules[0])
-    tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+    tasks = tasks_of(curriculum, process)
     # Training happens on the grid; without its closed form a process can be sent to another Python process.
     setting = Setting(data, replace(process, closed_form=None), tasks, plan, samples, tuple(metrics))
     for spec in specs.values():  # whatever cannot be built is refused before anything is written

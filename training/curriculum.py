@@ -21,10 +21,9 @@ __all__ = [
     "known_process",
     "make_curriculum",
     "schema",
+    "tasks_of",
 ]
 
-import hashlib
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +34,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from difficulty.errors import InputError, choose
 from difficulty.process import PROCESSES, Array, Process, get_process
 from difficulty.ranking import Ranking, RankingTask
-from difficulty.records import read_json, write_json
+from difficulty.records import digest, read_json, write_json
 from difficulty.specs import parse_spec
-from difficulty.tasks import Task
+from difficulty.tasks import Task, make_tasks
 from training.clusters import INTERVAL_METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
 from training.density import density, from_task_masses, proportional_to, task_masses
 from training.pacing import check_pacing
@@ -162,7 +161,7 @@ class Curriculum(_Record):
     @property
     def sha256(self) -> str:
         """Hash of the content, independent of the file's layout."""
-        return _sha256(self.model_dump())
+        return digest(self.model_dump())
 
     def validate_for(self, process: Process, source: str = "the curriculum") -> None:
         """Refuse to be used with another process, and check what the file says about log-SNR.
@@ -219,8 +218,9 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Curriculum.model_json_schema()}
 
 
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def tasks_of(curriculum: Curriculum | None, process: Process) -> list[RankingTask]:
+    """The tasks of the curriculum, or without one twenty of equal width in t."""
+    return curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
 
 
 def _first_reason(error: ValidationError) -> str:
@@ -298,7 +298,7 @@ def make_curriculum(
     tasks, groups, measure = _grouped(ranking, process, method, k, measure)
     values = _values(ranking, tasks, measure)
     provenance = {
-        "ranking_sha256": _sha256(ranking.model_dump()),
+        "ranking_sha256": digest(ranking.model_dump()),
         "dataset": ranking.dataset,
         "measure": measure,
         "method": method,

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from difficulty.errors import InputError
-from training.cache import digest
+from difficulty.records import digest
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 

@@ -36,10 +36,9 @@ from difficulty.networks import build_network
 from difficulty.process import Process
 from difficulty.ranking import RankingTask
 from difficulty.records import finish_run, read_json, start_run, write_table
-from difficulty.tasks import make_tasks
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
-from training.curriculum import Curriculum, known_process
+from training.curriculum import Curriculum, known_process, tasks_of
 from training.heldout import HeldOut, HeldOutLoss
 from training.sampling import draw_samples
 from training.text import TextTable
@@ -119,7 +118,7 @@ def train(
     trainer = Trainer(
         data, process, plan, curriculum, device=device, text=text, rank=rank, world=world, parallel=parallel
     )
-    tasks = curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+    tasks = tasks_of(curriculum, process)
     heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
     run, state = _open_together(trainer, out, cadence, resume, tell)
     log: dict[str, list[list[float]]] = {"losses": [], "curve": []}

@@ -33,7 +33,8 @@ from torch import Tensor
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
 from difficulty.randomness import stream, torch_generator
-from training.cache import cache_folder, cached_tensors, digest
+from difficulty.records import digest
+from training.cache import cache_folder, cached_tensors
 from training.pretrained import find_part, fingerprint_folders, first_line, model_files, root_folder
 from training.streams import BATCH
 

@@ -1,6 +1,6 @@
 """What several commands make of their arguments."""
 
-__all__ = ["File", "Text", "chosen_device", "chosen_process", "chosen_tasks"]
+__all__ = ["File", "Text", "chosen_device", "chosen_process"]
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,6 @@ import tyro
 
 from difficulty.errors import InputError
 from difficulty.process import Process, get_process
-from difficulty.ranking import RankingTask
-from difficulty.tasks import make_tasks
 from training.curriculum import Curriculum, known_process
 
 Text = Annotated[str, tyro.conf.Positional]
@@ -23,11 +21,6 @@ def chosen_process(name: str | None, curriculum: Curriculum | None, source: str)
     if name is not None:
         return get_process(name)
     return known_process(curriculum.process, source) if curriculum else get_process("vp-linear")
-
-
-def chosen_tasks(curriculum: Curriculum | None, process: Process) -> list[RankingTask]:
-    """The tasks of the curriculum, or twenty of equal width in t."""
-    return curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
 
 
 def chosen_device(name: str) -> str:

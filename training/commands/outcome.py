@@ -13,9 +13,9 @@ import tyro
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.records import write_bytes, write_json, write_table
-from training.commands.arguments import File, Text, chosen_device, chosen_tasks
+from training.commands.arguments import File, Text, chosen_device
 from training.commands.condition import asked_for, obedience, sentences, summary, told_of
-from training.curriculum import Curriculum
+from training.curriculum import Curriculum, tasks_of
 from training.effects import LEVEL
 from training.heldout import HeldOut
 from training.latents import autoencoder_of, latent_dataset
@@ -130,7 +130,7 @@ def evaluate(
     if list(dataset.shape) != config["shape"]:
         raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
     chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
-    tasks = chosen_tasks(chosen, denoiser.process)
+    tasks = tasks_of(chosen, denoiser.process)
     told = told_of(folder, config, dataset, text_encoder)
     heldout = HeldOut(dataset, denoiser.process, tasks, conditioning=told)
     measured = heldout.evaluate(denoiser)

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
-from training.commands.arguments import Text, chosen_device, chosen_process, chosen_tasks
+from training.commands.arguments import Text, chosen_device, chosen_process
 from training.commands.condition import chosen_condition, chosen_text
-from training.curriculum import Curriculum
+from training.curriculum import Curriculum, tasks_of
 from training.events import EventLog
 from training.heldout import HeldOut
 from training.latents import Autoencoder, latent_dataset
@@ -194,7 +194,7 @@ def run(
     if rank > 0:
         return
     figures = draw_folder(out)
-    tasks = HeldOut(dataset, forward, chosen_tasks(chosen, forward), conditioning=trainer.conditioning)
+    tasks = HeldOut(dataset, forward, tasks_of(chosen, forward), conditioning=trainer.conditioning)
     measured = tasks.evaluate(trainer.ema)
     if json:
         print(jsonlib.dumps({"out": str(out), "steps": trainer.done, "nats": measured.nats, "loss": measured.loss}))
