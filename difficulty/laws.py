@@ -136,7 +136,10 @@ class GaussianMixture(Law):
         x = torch.empty_like(noise)
         for k in range(len(self.means)):
             rows = component == k
-            x[rows] = self.means[k] + (noise[rows] * self.eigenvalues[k].sqrt()) @ self.basis[k].T
+            # The symmetric root of the covariance: a basis alone depends on the LAPACK of the machine, in its signs and
+            # within equal eigenvalues.
+            root = (noise[rows] @ self.basis[k]) * self.eigenvalues[k].sqrt() @ self.basis[k].T
+            x[rows] = self.means[k] + root
         return x
 
     def log_prob(self, x: Tensor, alpha: float, sigma: float) -> Tensor:

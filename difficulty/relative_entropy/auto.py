@@ -18,8 +18,8 @@ INFINITE = float("inf")
 RIVALS = (2, 4, 8)  # components of what a Gaussian is compared with
 # Every fit turns the rows into its own principal axes, which takes 10 s of D = 3072 and a mixture takes dozens of fits.
 MOST_FOR_MIXTURES = 1024
-# Multiplications of one step of expectation-maximisation that are still affordable: 0.1 s.
-LARGEST_FIT = 150_000_000
+# Multiplications of one step of expectation-maximisation that are still affordable: 0.3 s.
+LARGEST_FIT = 400_000_000
 
 
 def estimate_auto(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
@@ -69,7 +69,9 @@ def candidates(sample: Sample) -> list[Candidate]:
     kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
     found += [Candidate("mixture", k, float(d + 1)) for k in kinds if n / k >= max(30, d) and k <= max(most, 2)]
     if d > 1:
-        found += [Candidate("mixture", k, INFINITE) for k in (4, 8, 16, 32, 64) if n / k >= 20 and k <= max(most, 4)]
+        # With one covariance a component costs its mean alone.
+        shared = LARGEST_FIT // max(n * d, 1) - d
+        found += [Candidate("mixture", k, INFINITE) for k in (4, 8, 16, 32, 64) if n / k >= 20 and k <= max(shared, 4)]
     # In many dimensions a few scales are a few shells; a heavy tail needs more of them to be smooth.
     found += [Candidate("scale", k) for k in (2, 4, 8, 16) if k <= max(most, 4)]
     found += [Candidate("product", k) for k in (2, 4, 8, 16)]

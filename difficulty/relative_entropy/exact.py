@@ -1,11 +1,18 @@
 """Relative entropy of a law whose marginals are known in closed form.
 
-A Gaussian has F2, a mixture in one dimension is integrated over its components (trapezoid rule, which converges
-exponentially for such integrands), and any other law takes F1 with draws of it; then the only error is that of Monte
-Carlo. Common draws of (x0, eps) serve all pairs, so that the curve over t is smooth.
+A Gaussian has F2. A mixture in one dimension is integrated over its components (trapezoid rule, which converges
+exponentially for such integrands), and a ring over its radius rho = |x_{1:2}|, since the marginal in its plane has
+
+    p_t(rho) = rho/sigma^2 exp(-(rho^2 + alpha^2 r^2)/(2 sigma^2)) I0(alpha r rho/sigma^2)    (Rice)
+
+and the other D - 2 axes, independent and without variance, add F2 and their part of the profile. Any other law takes
+F1 with draws of it; then the only error is that of Monte Carlo. Common draws of (x0, eps) serve all pairs, so that the
+curve over t is smooth.
 """
 
-__all__ = ["estimate_exact", "kl_of_law"]
+__all__ = ["estimate_exact", "kl_of_law", "known_law"]
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +21,7 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
-from difficulty.laws import GaussianMixture, Law
+from difficulty.laws import GaussianMixture, Law, Ring, Scales
 from difficulty.randomness import torch_generator
 from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
 from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, gaussian_residual
@@ -30,6 +37,22 @@ BLOCK_BYTES = 2**28
 TAU_AT_INFINITY = 30.0
 # Places of the quadrature: 60 within a standard deviation resolve the boundary between components 9 of them away.
 NODES, REACH = 1081, 9.0
+# Gauss and Legendre's rule for the radius: so many nodes over at most 18 standard deviations leave rounding alone.
+RADII, RADIUS_WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(200))
+
+# Points (q, d) of the marginal at (alpha, sigma) and their weights (q,), which sum to 1.
+Rule = Callable[[Scales], tuple[Tensor, Tensor]]
+
+
+def known_law(dataset: Dataset) -> Law:
+    """The data set's own law.
+
+    Raises:
+        InputError: if it is not known.
+    """
+    if dataset.law is None:
+        raise InputError(f"the law of {dataset.name} is not known; use estimator 'auto' instead of 'exact'")
+    return dataset.law
 
 
 def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
@@ -38,9 +61,7 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
     Raises:
         InputError: if the law is not known.
     """
-    law = dataset.law
-    if law is None:
-        raise InputError(f"the law of {dataset.name} is not known; use estimator 'auto' instead of 'exact'")
+    law = known_law(dataset)
     m = len(pairs)
     if isinstance(law, GaussianMixture) and len(law.means) == 1:
         values, mean = law.eigenvalues[0].numpy(), law.rotated_means[0].numpy()
@@ -50,7 +71,11 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         profile = gaussian_profile(tau, values, mean)
         i_min = gaussian_residual(tau, profile[:, 1] / profile[:, 2], values, mean)
     elif isinstance(law, GaussianMixture) and law.dim == 1:
-        kl, kl_reverse, i_min = _integrated(law, pairs)
+        kl, kl_reverse, i_min = _integrated(law, pairs, lambda scales: _points(law, scales), 0)
+        se = np.zeros(m)
+    elif isinstance(law, Ring):
+        plane = Ring(2, law.radius)
+        kl, kl_reverse, i_min = _integrated(plane, pairs, lambda scales: _radii(plane, scales), law.dim - 2)
         se = np.zeros(m)
     else:
         x0, eps = law_draws(law, settings.samples, settings.seed)
@@ -60,40 +85,53 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
     return Estimate(kl, kl_reverse, se, low, high, i_min, name, np.ones(m, bool), np.full(m, "", dtype=object))
 
 
-def _integrated(law: GaussianMixture, pairs: Pairs) -> tuple[Array, Array, Array]:
-    """kl, kl_reverse and I_min of a mixture in one dimension, each (m,)."""
-    z, weights = _normal_rule()
+def _integrated(law: Law, pairs: Pairs, rule: Rule, codimension: int) -> tuple[Array, Array, Array]:
+    """kl, kl_reverse and I_min, each (m,), of a law and of so many independent axes at 0 without variance."""
+    null = np.zeros(codimension)
     out = []
     for a, b in zip(pairs.first, pairs.second, strict=True):
         first, second = (float(a[0]), float(a[1])), (float(b[0]), float(b[1]))
-        (x, w), (y, v) = (_points(law, scales, z, weights) for scales in (first, second))
-        forward = (w * nonnegative_terms(law.log_ratio(x, first, second))).sum()
-        backward = (v * nonnegative_terms(law.log_ratio(y, second, first))).sum()
-        out.append((float(forward), float(backward)))
+        (x, w), (y, v) = rule(first), rule(second)
+        out.append((_mean(law.log_ratio(x, first, second), w), _mean(law.log_ratio(y, second, first), v)))
     rates = np.full(len(pairs), np.nan)
     for i in np.flatnonzero(np.isfinite(pairs.tau)):
-        s = float(np.exp(pairs.tau[i]))
-        x, w = _points(law, (1.0, s), z, weights)
+        tau, s = pairs.tau[[i]], float(np.exp(pairs.tau[i]))
+        x, w = rule((1.0, s))
         flow, dilation = law.time_score_parts(x, 1.0, s)
-        beta = (w * flow * dilation).sum() / (w * dilation.square()).sum()
-        rates[i] = float((w * (flow - beta * dilation).square()).sum())
+        # Both have mean 0, so that moments of independent parts add up.
+        _, mixed, square = gaussian_profile(tau, null, null)[0]
+        beta = ((w * flow * dilation).sum() + mixed) / ((w * dilation.square()).sum() + square)
+        own = float((w * (flow - beta * dilation).square()).sum())
+        rates[i] = own + float(gaussian_residual(tau, beta.numpy()[None], null, null)[0])
     kl, kl_reverse = np.array(out).T
-    return kl, kl_reverse, rates
+    return kl + gaussian_kl(pairs, null, null), kl_reverse + gaussian_kl(pairs, null, null, reverse=True), rates
 
 
-def _points(law: GaussianMixture, scales: tuple[float, float], z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _mean(log_ratio: Tensor, weights: Tensor) -> float:
+    """KL in nats from log-ratios at weighted points of the first law."""
+    plain = float((weights * log_ratio).sum())
+    # Nonnegative terms keep the digits of a small KL; over a long step the points do not reach where exp(-l) is large.
+    return plain if plain > 1e-3 else float((weights * nonnegative_terms(log_ratio)).sum())
+
+
+def _points(law: GaussianMixture, scales: Scales) -> tuple[Tensor, Tensor]:
     """Points (K q, 1) at fixed places within every component of the noisy mixture, and their weights (K q,)."""
     alpha, sigma = scales
-    spread = (alpha**2 * law.eigenvalues + sigma**2).sqrt()
-    x = alpha * law.means + spread * z
-    return x.reshape(-1, 1), (law.log_weights.exp()[:, None] * weights).flatten()
-
-
-def _normal_rule() -> tuple[Tensor, Tensor]:
-    """Places in units of the standard deviation and weights of the standard normal."""
     z = torch.linspace(-REACH, REACH, NODES, dtype=torch.float64)
     weights = (-0.5 * z.square()).exp()
-    return z, weights / weights.sum()
+    spread = (alpha**2 * law.eigenvalues + sigma**2).sqrt()
+    x = alpha * law.means + spread * z
+    return x.reshape(-1, 1), (law.log_weights.exp()[:, None] * weights / weights.sum()).flatten()
+
+
+def _radii(plane: Ring, scales: Scales) -> tuple[Tensor, Tensor]:
+    """Points (q, 2) on one ray from the centre of the ring's plane, and the weights (q,) of their radii."""
+    alpha, sigma = scales
+    low, high = max(alpha * plane.radius - REACH * sigma, 0.0), alpha * plane.radius + REACH * sigma
+    rho = low + 0.5 * (high - low) * (RADII + 1)
+    x = torch.stack([rho, torch.zeros_like(rho)], 1)
+    weights = RADIUS_WEIGHTS * rho * plane.log_prob(x, alpha, sigma).exp()
+    return x, weights / weights.sum()
 
 
 def law_draws(law: Law, n: int, seed: int) -> tuple[Tensor, Tensor]:

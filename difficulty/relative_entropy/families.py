@@ -17,7 +17,9 @@ from difficulty.relative_entropy.pairs import Pairs
 
 Array = npt.NDArray[np.float64]
 
-# A mixture models at most so many axes; the others are Gaussian.
+# A mixture models all of so many axes if there are so many rows per axis; otherwise at most MOST_AXES, and the others
+# are Gaussian.
+ALL_AXES, ROWS_PER_AXIS = 192, 15
 MOST_AXES = 96
 BINS = 256
 LARGEST_COVARIANCE = 3.5  # in standard errors
@@ -76,6 +78,8 @@ class Plan:
 
 def leading_axes(rank: int, n: int) -> int:
     """Number of axes that a mixture of n rows models."""
+    if MOST_AXES < rank <= ALL_AXES and n >= ROWS_PER_AXIS * rank:
+        return rank
     return min(rank, MOST_AXES, max(1, n // 20))
 
 

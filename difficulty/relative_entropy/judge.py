@@ -25,9 +25,10 @@ from scipy import stats
 from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
+from difficulty.relative_entropy.cumulants import lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate, has_independent_axes
-from difficulty.relative_entropy.fits import null_block
+from difficulty.relative_entropy.fits import Fit, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
@@ -61,6 +62,8 @@ QUARTER_SHARE = 0.17
 # Share of a fourth moment that the rows farthest out must have for a check without them.
 FAR_DOMINATE = 0.3
 SPLIT_STREAM = 23
+# Rows per axis below which a fourth moment of all axes says nothing, and the first number of the draws against it.
+FEW_FOR_CUMULANTS, CUMULANT_DRAWS = 4, 1000
 
 
 class Judge:
@@ -209,7 +212,24 @@ class Judge:
             pick({i: tested[i].cross for i in winners}),
         )
         chosen = [names[i] for i in best]
-        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, chosen)
+        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, self._lacking(), chosen)
+
+    def _lacking(self) -> Array:
+        """What the chosen fits lack by the cumulants of the data, nats, and its error, (m, 2)."""
+        sample = self.sample
+        found = np.zeros((len(self.best), 2))
+        if sample.discrete or not FEW_FOR_CUMULANTS * sample.rank <= sample.n or sample.rank < 2:
+            return found
+        for i in set(self.best.tolist()):
+            where, fit = np.flatnonzero(self.best == i), self.replicated[i].fit
+
+            def draw(number: int, fit: Fit = fit) -> Array:
+                return fit.draw(sample.n, CUMULANT_DRAWS + number)[0].numpy()
+
+            gaussian = self.names[i].family == "gaussian"
+            pairs = self.anchors.take(where)
+            found[where] = lacking(sample.rows, draw, sample.eigenvalues, pairs, gaussian=gaussian)
+        return found
 
     def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:
         """The best lower bound of all candidates that were tested, by its lower end, (m, 2)."""

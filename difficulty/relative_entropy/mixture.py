@@ -2,7 +2,7 @@
 
 Unlike a library fit this one takes counts, shrinks the covariance of a small component towards the pooled one,
 
-    C_k = (n_k S_k + strength S_pooled) / (n_k + strength) + floor,
+    C_k = (n_k S_k + strength S_pooled) / (n_k + strength) + floor     (all C_k = S_pooled + floor for infinity),
 
 and is the same in every rotated coordinate system: k-means with distances only, no axis is special.
 """
@@ -66,7 +66,7 @@ def fit_mixture(
             break
         previous = value
         responsibility = (log_joint - total).exp()
-    return GaussianMixture(weights.numpy(), means.numpy(), covariances.numpy())
+    return GaussianMixture(weights.numpy(), means.numpy(), covariances.expand(len(means), -1, -1).numpy())
 
 
 def fit_scale_mixture(
@@ -137,13 +137,13 @@ def _maximise(
     keep = mass > 1e-6 * w.sum()
     r, mass = r[keep], mass[keep]
     means = r @ x / mass[:, None]
-    centred = x - means[:, None]
-    scatter = torch.bmm((centred * r[..., None]).transpose(1, 2), centred)
-    pooled = scatter.sum(0) / w.sum()
     if math.isinf(strength):
-        covariances = pooled.expand_as(scatter)
+        between = (means * mass[:, None]).T @ means
+        covariances = ((x * r.sum(0)[:, None]).T @ x - between)[None] / w.sum()
     else:
-        covariances = (scatter + strength * pooled) / (mass + strength)[:, None, None]
+        centred = x - means[:, None]
+        scatter = torch.bmm((centred * r[..., None]).transpose(1, 2), centred)
+        covariances = (scatter + strength * scatter.sum(0) / w.sum()) / (mass + strength)[:, None, None]
     covariances = covariances + floor * torch.eye(x.shape[1], dtype=x.dtype)
     return mass / mass.sum(), means, 0.5 * (covariances + covariances.transpose(1, 2))
 
@@ -154,7 +154,12 @@ def _log_joint(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -
         # Rounding took a covariance of extreme condition below zero; its own diagonal mends it at no visible cost.
         scale = covariances.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
         factor = torch.linalg.cholesky(covariances + 1e-11 * scale * torch.eye(x.shape[1], dtype=x.dtype))
-    z = torch.linalg.solve_triangular(factor, (x - means[:, None]).transpose(1, 2), upper=False)
+    if len(factor) == 1:  # one covariance: the rows are turned once for all components
+        z, centres = (torch.linalg.solve_triangular(factor[0], part.T, upper=False) for part in (x, means))
+        square = z.square().sum(0) - 2 * centres.T @ z + centres.square().sum(0)[:, None]
+    else:
+        z = torch.linalg.solve_triangular(factor, (x - means[:, None]).transpose(1, 2), upper=False)
+        square = z.square().sum(1)
     log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
     log_norm = 0.5 * x.shape[1] * math.log(2 * math.pi)
-    return weights.log()[:, None] - 0.5 * z.square().sum(1) - log_det[:, None] - log_norm
+    return weights.log()[:, None] - 0.5 * square - log_det[:, None] - log_norm

@@ -3,7 +3,8 @@
 All rows, train and held-out, are pooled, since the estimators make folds of their own. Rows are put in the order of
 their distance from the mean and dealt by a fixed permutation, so that neither the order of the file nor a rotation of
 the space changes a fold. Equal rows become one row with a count: two copies of a row must not be on both sides of a
-split. Coordinates are those of the principal axes; axes without variance are kept apart and treated in closed form.
+split. Counts that scatter less than draws of atoms would are the work of who made the file, and count as one.
+Coordinates are those of the principal axes; axes without variance are kept apart and treated in closed form.
 """
 
 __all__ = ["Sample", "make_sample"]
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import chi2
 
 from difficulty.datasets import Dataset
 
@@ -23,6 +25,8 @@ ORDER_SEED = 5
 NULL_SHARE = 1e-12
 # A law is taken for discrete if fewer than this share of the draws are without a copy.
 DISCRETE_SHARE = 0.3
+# How seldom draws of equally likely atoms may have counts so even that the rows are taken for copied ones.
+COPIED_LEVEL = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +78,23 @@ def make_sample(dataset: Dataset) -> Sample:
     pooled = torch.cat(parts).numpy()
     rows, counts = np.unique(pooled, axis=0, return_counts=True)
     step = _step(rows)
-    if (counts == counts[0]).all():
-        # Every row equally often is a file that was concatenated with itself, not a law of atoms.
+    if _copied(counts):
         counts = np.ones_like(counts)
     missing = float((counts == 1).sum() / counts.sum())
     discrete = bool(missing < DISCRETE_SHARE)
     return _arranged(rows.astype(np.float64), counts.astype(np.float64), discrete, missing, 0.0 if discrete else step)
+
+
+def _copied(counts: npt.NDArray[np.int64]) -> bool:
+    """Whether the rows were copied, to balance classes or by concatenating a file with itself, and none occurs once.
+
+    Counts of draws scatter like Poisson counts if the atoms are equally likely, and more if they are not: the sum of
+    (count - mean)^2/mean is at least chi-squared with n - 1 degrees of freedom. Counts of copies are far more even.
+    """
+    if counts.min() == 1:
+        return False
+    mean = counts.mean()
+    return bool(chi2.cdf(((counts - mean) ** 2).sum() / mean, max(len(counts) - 1, 1)) < COPIED_LEVEL)
 
 
 def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, step: float) -> Sample:

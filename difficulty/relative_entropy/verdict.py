@@ -58,6 +58,7 @@ class Limits:
         tail: largest share of the fourth moments that the farthest rows may have, on which every error rests; a normal
             law has 0.1, Laplace's 0.25, Student's with 4 degrees of freedom 0.6.
         unseen: largest share of the KL that roughness may have which the samples cannot show.
+        lacking: largest share of the KL that cumulants of the data may have which a refuted fit has not.
         bracket: largest ratio of upper to lower end of a bracket that is reported, 1.3^2.
     """
 
@@ -72,6 +73,7 @@ class Limits:
     missing: float = 0.2
     tail: float = 0.45
     unseen: float = 0.3
+    lacking: float = 0.15
     bracket: float = 1.69
 
 
@@ -90,6 +92,7 @@ class Findings:
         spread: sampling error.
         rivals: disagreement of fits that the data hardly tell apart.
         tested: held-out figures.
+        lacking: what the fit lacks by the cumulants of the data, nats, and its error, (m, 2); 0 if it is not refuted.
         family: the candidate chosen.
     """
 
@@ -100,6 +103,7 @@ class Findings:
     spread: Array
     rivals: Array
     tested: Tested
+    lacking: Array
     family: list[Candidate]
 
 
@@ -137,6 +141,10 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
             "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
         ),
         (hidden > LIMITS.unseen * kl, ROUGHER),
+        (
+            (found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1]),
+            "the third and fourth moments of the data refute the fit: it lacks structure of many dimensions at once",
+        ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
         (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
         (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),

@@ -4,7 +4,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from scipy.special import logsumexp
+from scipy.integrate import quad
+from scipy.special import i0e, logsumexp
 from scipy.stats import ortho_group, spearmanr
 
 from difficulty.datasets import Dataset, split_samples
@@ -196,7 +197,7 @@ def test_cross_estimate_is_right_with_an_overfitted_mixture():
     covariances = np.stack([(a * np.exp(rng.uniform(-1.6, 0, 64))) @ a.T for a in axes])
     law = GaussianMixture([1, 1, 1], 0.8 * rng.standard_normal((3, 64)), covariances)
     fit = fit_mixture(
-        samples_of(law, 900).astype(np.float64), np.ones(900), MixtureOptions(6, 20.0), 1e-4, seed=0, iterations=30
+        samples_of(law, 1800).astype(np.float64), np.ones(1800), MixtureOptions(6, 20.0), 1e-4, seed=0, iterations=30
     )
     pairs = make_pairs(get_process("vp-linear"), [t for t in SIXTEEN if t >= 8])
     truth = kl_of_law(law, pairs, *law_draws(law, 10_000, 5), SILENT)[0]
@@ -276,6 +277,51 @@ def test_two_points_have_the_exact_curve_under_ve():
         np.testing.assert_allclose(found[column], values, rtol=0.04, atol=1e-9)
 
 
+def ring_kl(dim, first, second):
+    """KL of a ring by adaptive quadrature over its radius, plus that of the empty axes (F2)."""
+
+    def log_rice(rho, a, s):
+        return np.log(rho / s**2 * i0e(a * rho / s**2)) - 0.5 * ((rho - a) / s) ** 2
+
+    def integrand(rho):
+        return np.exp(log_rice(rho, *first)) * (log_rice(rho, *first) - log_rice(rho, *second))
+
+    a, s = first
+    change = (first[1] / second[1]) ** 2 - 1
+    plane = quad(integrand, max(a - 12 * s, 1e-12), a + 12 * s, points=[a], epsabs=1e-12, limit=400)[0]
+    return plane + 0.5 * (dim - 2) * (change - np.log1p(change))
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("asked", [{"pairs": [2, 5, 100, 220]}, {"tasks": 5}], ids=["steps", "intervals"])
+def test_kl_of_a_ring_is_that_of_quadrature_over_its_radius(process, asked):
+    table, forward = kl(exact_dataset(Ring(16)), process, **asked), get_process(process)
+    for row in table.itertuples():
+        first, second = ((forward.alpha[t], forward.sigma[t]) for t in (row.t_from, row.t))
+        assert row.kl == pytest.approx(ring_kl(16, first, second), rel=1e-6)
+        assert row.kl_reverse == pytest.approx(ring_kl(16, second, first), rel=1e-6)
+    assert (table.se == 0).all()
+    assert (table.ratio < 1).all()
+    assert (table.ratio_reverse < 1).all()
+
+
+def test_kl_and_rate_of_a_ring_are_those_of_its_draws():
+    law, pairs = Ring(5), [100, 220, 430]
+    found = kl(exact_dataset(law), "vp-linear", pairs=pairs)
+    drawn = kl_of_law(law, make_pairs(get_process("vp-linear"), pairs), *law_draws(law, 40_000, 0), SILENT)
+    for column, values in zip(("kl", "kl_reverse", "i_min"), (drawn[0], drawn[2], drawn[3]), strict=True):
+        np.testing.assert_allclose(found[column], values, rtol=0.05)
+
+
+def test_long_intervals_of_a_law_in_one_dimension_are_integrated_whole():
+    # From sigma = 0.002 to 80 in one step: two points are two Gaussians far apart, then one.
+    law, process = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], np.zeros((2, 1, 1))), get_process("edm")
+    table = kl(exact_dataset(law), process, tasks=1)
+    ratio = (process.sigma[1] / process.sigma[-1]) ** 2
+    narrow = 0.5 * (ratio - 1 - np.log(ratio)) + 0.5 / process.sigma[-1] ** 2
+    assert table.kl[0] == pytest.approx(narrow - np.log(2), rel=1e-4)
+
+
 def test_a_part_that_is_estimated_small_does_not_excuse_itself():
     # Two of four directions are empty and known; the ring in the others is thinner than any fit at this noise.
     law, pairs = Ring(4), [20, 60, 150, 430]
@@ -320,6 +366,27 @@ def test_influence_of_the_rows_gives_the_sampling_error_of_a_gaussian():
         found.append(np.log(value))
         errors.append(gaussian_log_error(sample, pairs, np.log(value)))
     np.testing.assert_allclose(np.mean(errors, 0), np.std(found, 0), rtol=0.25)
+
+
+def test_copied_rows_are_single_rows_however_often_each_was_copied():
+    rng = np.random.default_rng(0)
+    rows = samples_of(mixture_16d(), 400)
+    for counts in (np.full(400, 3), rng.integers(2, 4, 400), np.repeat([2, 5], 200)):
+        found = make_sample(split_samples("copied", np.repeat(rows, counts, axis=0)))
+        assert not found.discrete
+        np.testing.assert_array_equal(found.rows, make_sample(split_samples("rows", rows)).rows)
+        assert (found.counts == 1).all()
+
+
+@pytest.mark.parametrize("atoms", [3, 7, 100])
+def test_draws_of_atoms_are_no_copies(atoms):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((atoms, 3)).astype(np.float32)
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).integers(0, atoms, 15 * atoms + 60)
+        found = make_sample(split_samples("atoms", values[drawn]))
+        assert found.discrete
+        assert found.counts.sum() == len(drawn)
 
 
 # -- what is not known is said -----------------------------------------------------------------------------------------
