@@ -70,7 +70,8 @@ def measure(
     Args:
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write.
-        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
+        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500; or your own:
+            FILE.npz (arrays alpha and sigma, or alphas_cumprod) or the FOLDER of a diffusers scheduler.
         tasks: number of tasks.
         grid: tasks of equal length in t, or in log-SNR.
         measures: what to measure: convergence of experts, sample-quality when an expert denoises its own task and a
@@ -144,7 +145,7 @@ def probe(
             FILE.py:FUNCTION with FUNCTION(x_t, t) -> eps.
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write.
-        process: needed only for FILE.py:FUNCTION.
+        process: as in `difficulty measure`; needed only for FILE.py:FUNCTION.
         tasks: number of tasks.
         grid: tasks of equal length in t, or in log-SNR.
         draws: fixed draws per task.
@@ -248,7 +249,8 @@ def recommend(
 
     ranking = Ranking.load(folder)
     process = read_process(folder, ranking.process)
-    advice = advise(f"{measure} of the ranking", *burden_of_ranking(ranking, measure), [process], experts)
+    burden = burden_of_ranking(ranking, measure)
+    advice = advise(f"{measure} of the ranking", *burden, {process.name: process}, experts)
     print(_json(advice) if json else "\n".join(advice["sentences"]))
 
 
@@ -269,6 +271,8 @@ def processes(json: bool = False) -> None:
     """List the forward processes and their options.
 
     Example: difficulty processes
+
+    Your own process needs no name: give FILE.npz or the FOLDER of a diffusers scheduler in its place.
 
     Args:
         json: print them as JSON.
@@ -297,7 +301,8 @@ def kl(
     Args:
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write: run.json, relative_entropy.csv, figures/.
-        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500.
+        process: forward process (see `difficulty processes`), with options as in vp-linear:T=500; or your own:
+            FILE.npz (arrays alpha and sigma, or alphas_cumprod) or the FOLDER of a diffusers scheduler.
         estimator: auto, exact (built-in laws only), gaussian, mixture, empirical, or score (a trained denoiser).
         pairs: the t of the pairs (t-1, t), in 2..T; all by default.
         tasks: that many coarse intervals instead, uniform in t.
@@ -338,8 +343,9 @@ def profile(
 
     Args:
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
-        out: folder to write: run.json, profile.csv, recommendation.json, kl-NAME.csv per process, figures/.
-        for_process: processes whose relative entropies are derived from the profile.
+        out: folder to write: run.json, profile.csv, recommendation.json, kl-NAME.csv per process, figures/; NAME has
+            the options of the process in it, as in kl-vp-linear-T=500.csv.
+        for_process: processes, as in `difficulty kl`, whose relative entropies are derived from the profile.
         experts: number of experts in the advice on boundaries.
         seed: of every random draw.
         json: print recommendation.json on standard output.

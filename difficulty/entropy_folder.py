@@ -11,13 +11,16 @@ import pandas as pd
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
+from difficulty.models import TrainedModel, load_model
 from difficulty.plots import relative_entropy_figure, save_figure
 from difficulty.plots_relative_entropy import profile_figure
-from difficulty.process import get_process
+from difficulty.process import Process, get_process
 from difficulty.profile import measure_profile
-from difficulty.recommend import advise, burden_of_profile
+from difficulty.recommend import advise, burden_of_profile, check_experts
 from difficulty.records import finish_run, start_run, write_json, write_table
 from difficulty.relative_entropy import kl
+from difficulty.relative_entropy.exact import known_law
+from difficulty.relative_entropy.pairs import make_pairs
 
 Report = Callable[[str, int, int], None]
 
@@ -36,9 +39,15 @@ def run_kl(
     """Measure, write relative_entropy.csv and its figure, and return the table.
 
     Raises:
-        InputError: if an argument cannot be used or the folder cannot be written.
+        InputError: if an argument cannot be used, in which case nothing is written, or the folder cannot be written.
     """
     dataset, process = load_dataset(data), get_process(process_name)
+    # The pair (0, 1) is answered without a computation: this call only checks the arguments.
+    kl(dataset, process, estimator=estimator, pairs=[1], seed=seed, model=model)
+    make_pairs(process, pairs, tasks)
+    if estimator == "exact":
+        known_law(dataset)
+    trained = _model_of(process, model)
     config = {
         "data": data, "dataset": dataset.fingerprint, "process": process.fingerprint, "estimator": estimator,
         "pairs": list(pairs) if pairs else None, "tasks": tasks, "seed": seed,
@@ -47,7 +56,7 @@ def run_kl(
     started = time.perf_counter()
     run = start_run(out, "kl", config)
     table = kl(
-        dataset, process, estimator=estimator, pairs=pairs, tasks=tasks, seed=seed, model=model,
+        dataset, process, estimator=estimator, pairs=pairs, tasks=tasks, seed=seed, model=trained,
         progress=lambda done, total: report("relative entropy", done, total),
     )  # fmt: skip
     write_table(out / "relative_entropy.csv", table)
@@ -63,20 +72,22 @@ def run_profile(
     """Measure, write profile.csv, kl-NAME.csv, recommendation.json and the figure, and return the recommendation.
 
     Raises:
-        InputError: if an argument cannot be used or the folder cannot be written.
+        InputError: if an argument cannot be used, in which case nothing is written, or the folder cannot be written.
     """
-    dataset = load_dataset(data)
-    chosen = [get_process(name) for name in processes]
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    check_experts(experts)
+    dataset, chosen = load_dataset(data), _named(processes)
     config = {
         "data": data, "dataset": dataset.fingerprint, "seed": seed, "experts": experts,
-        "processes": [process.fingerprint for process in chosen],
+        "processes": [process.fingerprint for process in chosen.values()],
     }  # fmt: skip
     started = time.perf_counter()
     run = start_run(out, "profile", config)
     profile = measure_profile(dataset, seed=seed, progress=lambda done, total: report("profile", done, total))
     write_table(out / "profile.csv", profile.table)
-    for process in chosen:
-        write_table(out / f"kl-{process.name}.csv", profile.kl(process))
+    for name, process in chosen.items():
+        write_table(out / f"kl-{name}.csv", profile.kl(process))
     try:
         advice = advise("sqrt(I_min) per unit log s", *burden_of_profile(profile), chosen, experts)
     except InputError as error:
@@ -85,3 +96,29 @@ def run_profile(
     save_figure(profile_figure(out), out / "figures", "profile")
     finish_run(out, run, wall_seconds=round(time.perf_counter() - started, 2))
     return advice
+
+
+def _model_of(process: Process, model: str | None) -> TrainedModel | None:
+    if model is None:
+        return None
+    trained = load_model(model)
+    if trained.process is not None:
+        process.check_fingerprint(trained.process.fingerprint, trained.name)
+    return trained
+
+
+def _named(specs: Sequence[str]) -> dict[str, Process]:
+    """The processes by the names of their files: with the options, as in vp-linear-T=500, since these tell them apart.
+
+    Raises:
+        InputError: if a process cannot be used, or two would be written to one file.
+    """
+    named: dict[str, Process] = {}
+    for spec in specs:
+        process = get_process(spec)
+        name, _, options = spec.partition(":")
+        label = f"{name}-{options}" if options and name == process.name else process.name
+        if label in named:
+            raise InputError(f"two processes would both be written to kl-{label}.csv; leave one to another call")
+        named[label] = process
+    return named

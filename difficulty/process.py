@@ -7,7 +7,7 @@ be any real number in [1, T]; u = t/T lies in [0, 1]. What is compared between p
 lambda = log(alpha^2 / sigma^2), which falls as t grows; tau = log(sigma / alpha) = -lambda/2 is the log noise scale.
 
 A process is two float64 tables, alpha[0..T] and sigma[0..T], and optionally the closed form behind them. Every process
-below is one function that fills them; a new one is one function and one line in ``PROCESSES``.
+below is one function that fills them; a new one is one function and one line in ``PROCESSES``, or a file of its tables.
 """
 
 __all__ = ["PROCESSES", "Process", "from_arrays", "get_process"]
@@ -16,7 +16,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -236,13 +238,51 @@ PROCESSES: Mapping[str, Callable[..., Process]] = {
 }
 
 
-def get_process(spec: "str | Process") -> Process:
-    """A process by name, with options as in ``vp-linear:T=500``; a ``Process`` is passed through.
+def get_process(spec: "str | Path | Process") -> Process:
+    """A process by name, with options as in ``vp-linear:T=500``, or the user's own; a ``Process`` is passed through.
+
+    Args:
+        spec: a name in ``PROCESSES``; a .npz file with the arrays ``alpha`` and ``sigma`` as in ``from_arrays``, or
+            with ``alphas_cumprod`` = alpha^2 of a variance-preserving process; or the folder of a diffusers scheduler.
 
     Raises:
-        InputError: if the name or an option is unknown.
+        InputError: if the name or an option is unknown, or the file or folder holds no process.
     """
-    return spec if isinstance(spec, Process) else build("process", spec, PROCESSES)
+    if isinstance(spec, Process):
+        return spec
+    text = str(spec)
+    name, path = text.partition(":")[0], Path(text).expanduser()
+    if name in PROCESSES:
+        return build("process", text, PROCESSES)
+    if path.is_dir():
+        # Imported here because the schedulers are built on this module.
+        from difficulty.schedulers import read_scheduler
+
+        return read_scheduler(path).process
+    if path.suffix.lower() == ".npz":
+        return _from_file(path)
+    known = ", ".join(PROCESSES)
+    raise InputError(f"unknown process {name!r}; known are {known}, FILE.npz, or the FOLDER of a diffusers scheduler")
+
+
+def _from_file(path: Path) -> Process:
+    try:
+        with np.load(path) as content:
+            arrays = {key: np.asarray(content[key], dtype=np.float64) for key in content.files}
+    except FileNotFoundError:
+        raise InputError(f"process file {path} does not exist") from None
+    # What numpy raises for a foreign, an empty and a truncated file, and for arrays of text or objects.
+    except (OSError, EOFError, TypeError, ValueError, BadZipFile) as error:
+        raise InputError(f"process file {path} cannot be read as arrays of numbers ({error})") from None
+    if {"alpha", "sigma"} <= arrays.keys():
+        return from_arrays(arrays["alpha"], arrays["sigma"], path.stem)
+    if "alphas_cumprod" in arrays:
+        alpha_squared = arrays["alphas_cumprod"]
+        if not ((alpha_squared >= 0) & (alpha_squared <= 1)).all():
+            raise InputError(f"process file {path}: alphas_cumprod must lie in [0, 1]; it is alpha^2 = 1 - sigma^2")
+        return from_arrays(np.sqrt(alpha_squared), np.sqrt(1 - alpha_squared), path.stem)
+    found = ", ".join(arrays) or "none"
+    raise InputError(f"process file {path} holds the arrays {found}; needed are alpha and sigma, or alphas_cumprod")
 
 
 def from_arrays(alpha: npt.ArrayLike, sigma: npt.ArrayLike, name: str = "custom") -> Process:

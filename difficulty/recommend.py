@@ -16,12 +16,13 @@ __all__ = [
     "advise",
     "burden_of_profile",
     "burden_of_ranking",
+    "check_experts",
     "equal_burden",
     "fit_density",
     "flags",
 ]
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +65,22 @@ class Boundaries:
 
 
 def burden_of_profile(profile: Profile) -> tuple[Array, Array]:
-    """tau = log s of the valid part of the profile, rising, and the rate sqrt(I_min) there."""
+    """tau = log s of the valid part of the profile, rising, and the rate sqrt(I_min) there.
+
+    Raises:
+        InputError: if fewer than 3 points are valid, or the rate is zero up to rounding.
+    """
     valid = profile.table["valid"].to_numpy(dtype=bool)
     if valid.sum() < 3:
         raise InputError("fewer than 3 points of the profile are valid; give more samples before asking for advice")
-    return profile.tau[valid], np.sqrt(profile.table["i_min"].to_numpy()[valid])
+    rate, dilation = (profile.table[name].to_numpy()[valid] for name in ("i_min", "C"))
+    # I_min is a sum of squares of what should cancel, each good to 1e-16 of its parts.
+    if (rate <= 1e-24 * dilation).all():
+        raise InputError(
+            "the profile has no schedule-free part, as data of one variance in all directions have none; "
+            "there is no burden to share"
+        )
+    return profile.tau[valid], np.sqrt(rate)
 
 
 def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[Array, Array]:
@@ -97,6 +109,12 @@ def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[A
     return np.array(tau), np.array(rate)
 
 
+def check_experts(experts: int) -> None:
+    """Raise InputError if there is no such number of experts."""
+    if experts < 1:
+        raise InputError(f"the number of experts must be at least 1, got {experts}")
+
+
 def equal_burden(tau: Array, rate: Array, process: Process, experts: int) -> Boundaries:
     """Edges between which the integral of the rate over log s is the same.
 
@@ -108,8 +126,7 @@ def equal_burden(tau: Array, rate: Array, process: Process, experts: int) -> Bou
     Raises:
         InputError: if K is below 1 or the process and the rate do not overlap.
     """
-    if experts < 1:
-        raise InputError(f"the number of experts must be at least 1, got {experts}")
+    check_experts(experts)
     last = process.T if np.isfinite(process.tau(process.T)) else process.T - 1
     low, high = max(tau[0], float(process.tau(1))), min(tau[-1], float(process.tau(last)))
     if low >= high:
@@ -145,14 +162,14 @@ def flags(density: Density) -> dict[str, str]:
 
 
 def advise(
-    burden: str, tau: Array, rate: Array, processes: Sequence[Process], experts: int
+    burden: str, tau: Array, rate: Array, processes: Mapping[str, Process], experts: int
 ) -> dict[str, Any]:
     """Everything that follows from a burden, for recommendation.json; ``sentences`` are for people.
 
     Args:
         burden: what the rate is.
         tau, rate: from ``burden_of_profile`` or ``burden_of_ranking``.
-        processes: on which the boundaries are stated.
+        processes: on which the boundaries are stated, each under the name that it has in the answer.
         experts: K >= 1.
 
     Raises:
@@ -166,10 +183,10 @@ def advise(
         *(f"  {trainer}: {text}" for trainer, text in flags(density).items()),
     ]
     boundaries = {}
-    for process in processes:
+    for name, process in processes.items():
         table = equal_burden(tau, rate, process, experts).table
-        boundaries[process.name] = table.to_dict(orient="list")
-        sentences.append(f"Boundaries of {experts} experts of equal burden, {process.name}:")
+        boundaries[name] = table.to_dict(orient="list")
+        sentences.append(f"Boundaries of {experts} experts of equal burden, {name}:")
         sentences += [
             f"  t = {row.t:7.1f}  u = {row.u:.4f}  sigma/alpha = {row.sigma:9.4g}  log-SNR = {row.log_snr:7.3f}"
             for row in table.itertuples()

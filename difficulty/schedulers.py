@@ -8,14 +8,16 @@ Schedulers list noise first; here noise increases with t, so their tables are tu
 other way.
 """
 
-__all__ = ["ScheduledProcess", "process_from_scheduler", "scheduler_for"]
+__all__ = ["ScheduledProcess", "process_from_scheduler", "read_scheduler", "scheduler_for"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from difficulty.diffusers_network import load_component
 from difficulty.errors import InputError, choose
 from difficulty.prediction import EDM_SIGMA_DATA
 from difficulty.process import Array, Process, from_arrays
@@ -38,6 +40,18 @@ class ScheduledProcess:
     prediction: str
     model_timesteps: Array
     unit_input: bool = False
+
+
+def read_scheduler(folder: Path) -> ScheduledProcess:
+    """The process of the scheduler that ``save_pretrained`` left in a folder, or in its subfolder ``scheduler``.
+
+    Raises:
+        InputError: if there is none, or it cannot be read as a process.
+    """
+    for place in (folder, folder / "scheduler"):
+        if (place / "scheduler_config.json").exists():
+            return process_from_scheduler(load_component(place, "scheduler_config.json"))
+    raise InputError(f"{folder} is no process: neither it nor its subfolder scheduler holds scheduler_config.json")
 
 
 def process_from_scheduler(scheduler: Any) -> ScheduledProcess:

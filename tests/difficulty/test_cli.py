@@ -10,7 +10,12 @@ import pytest
 
 from difficulty.cli import SUBCOMMANDS
 from difficulty.commandline import run_cli
+from difficulty.denoiser import Denoiser
+from difficulty.models import save_denoiser
+from difficulty.networks import build_network
+from difficulty.process import get_process
 from difficulty.records import read_json, write_json
+from difficulty.relative_entropy import kl
 
 SMALL = ["--tasks", "4", "--budget", "20", "--batch", "16", "--seeds", "2", "--network", "mlp:width=16"]
 
@@ -106,6 +111,69 @@ def test_arguments_that_cannot_be_used_cost_one_sentence_and_leave_nothing_behin
     out = tmp_path / "out"
     assert message in refused(capsys, "measure", "grid-2d:n=200", "--out", out, *SMALL, *change)
     assert not (out / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--pairs", "0"], "2..1000"),
+        (["--pairs", "1001"], "2..1000"),
+        (["--pairs", "-3"], "2..1000"),
+        (["--tasks", "0"], "1..999"),
+        (["--tasks", "1000"], "1..999"),
+        (["--tasks", "-2"], "1..999"),
+        (["--pairs", "5", "--tasks", "3"], "not both"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--estimator", "foo"], "unknown estimator"),
+        (["--estimator", "exact"], "is not known"),
+        (["--model", "x"], "serves estimator 'score' only"),
+        (["--model", "x", "--estimator", "score"], "is no model"),
+        (["--process", "absent.npz"], "does not exist"),
+    ],
+)
+def test_arguments_that_kl_cannot_use_cost_one_sentence_and_leave_nothing_behind(tmp_path, capsys, change, message):
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((40, 2)))
+    assert message in refused(capsys, "kl", tmp_path / "rows.npy", "--out", tmp_path / "out", *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_process_is_refused_by_kl_before_anything_is_written(tmp_path, capsys):
+    denoiser = Denoiser(build_network("mlp:width=16", (2,), 0), get_process("edm:T=50"), "eps", 1.0)
+    save_denoiser(denoiser, tmp_path / "denoiser.safetensors", "mlp:width=16", (2,))
+    asked = ["--process", "ve:T=50", "--estimator", "score", "--model", tmp_path / "denoiser.safetensors"]
+    assert "noise levels differ" in refused(capsys, "kl", "grid-2d:n=200", "--out", tmp_path / "out", *asked)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--for-process", "edm", "linear"], "known are vp-linear"),
+        (["--for-process", "edm", "edm"], "both be written to kl-edm.csv"),
+        (["--for-process", "edm", "--experts", "0"], "number of experts must be at least 1"),
+        (["--experts", "0"], "number of experts must be at least 1"),
+        (["--seed", "-1"], "seed must not be negative"),
+    ],
+)
+def test_arguments_that_profile_cannot_use_cost_one_sentence_and_leave_nothing_behind(
+    tmp_path, capsys, change, message
+):
+    assert message in refused(capsys, "profile", "gaussian:dim=2,n=40", "--out", tmp_path / "out", *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_of_ones_own_is_taken_by_every_measuring_command(tmp_path):
+    process, own = get_process("vp-cosine:T=30"), tmp_path / "mine.npz"
+    np.savez(own, alpha=process.alpha, sigma=process.sigma)
+    data = "gaussian:dim=2,var=0.25,n=200"
+    assert run("kl", data, "--process", own, "--out", tmp_path / "kl") == 0
+    assert run("profile", data, "--for-process", own, "--out", tmp_path / "profile") == 0
+    assert run("measure", data, "--process", own, "--out", tmp_path / "measured", *SMALL) == 0
+    assert run("rank", tmp_path / "measured") == 0
+    found = pd.read_csv(tmp_path / "kl" / "relative_entropy.csv")
+    np.testing.assert_allclose(found.kl, kl(data, process).kl, rtol=1e-9)
+    assert len(pd.read_csv(tmp_path / "profile" / "kl-mine.csv")) == 29
+    process.check_fingerprint(read_json(tmp_path / "measured" / "ranking.json")["process"], "the ranking")
 
 
 def test_data_that_cannot_be_used_cost_one_sentence(tmp_path, capsys):

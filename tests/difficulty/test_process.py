@@ -136,3 +136,61 @@ def test_an_unknown_name_lists_the_known_ones():
         get_process("vp-linear:steps=10")
     with pytest.raises(InputError, match="at least 2 timesteps"):
         get_process("edm:T=1")
+
+
+def test_a_process_of_ones_own_is_read_from_its_file(tmp_path):
+    process = get_process("vp-linear:T=40")
+    np.savez(tmp_path / "mine.npz", alpha=process.alpha[1:], sigma=process.sigma[1:])
+    np.savez(tmp_path / "cumulated.npz", alphas_cumprod=process.alpha[1:] ** 2)
+    for name in ("mine", "cumulated"):
+        found = get_process(str(tmp_path / f"{name}.npz"))
+        assert found.name == name
+        found.check_fingerprint(process.fingerprint, "the arrays")
+
+
+@pytest.mark.parametrize("place", ["", "scheduler"])
+def test_a_process_of_ones_own_is_read_from_the_folder_of_a_scheduler(tmp_path, place):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / place)
+    np.testing.assert_allclose(get_process(tmp_path).sigma, get_process("vp-linear").sigma, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"alpha": [0.9, 0.5]}, "holds the arrays alpha; needed are alpha and sigma, or alphas_cumprod"),
+        ({"alpha": [[0.9, 0.5]], "sigma": [[0.1, 0.5]]}, "one-dimensional and equally long"),
+        ({"alpha": [0.9, 0.5], "sigma": [0.5]}, "one-dimensional and equally long"),
+        ({"alpha": 0.9, "sigma": 0.1}, "one-dimensional and equally long"),
+        ({"alphas_cumprod": [1.5, 0.5]}, "must lie in"),
+        ({"alphas_cumprod": [0.5, 0.9]}, "noise must increase with t"),
+        ({"alpha": ["a", "b"], "sigma": ["c", "d"]}, "cannot be read as arrays of numbers"),
+        ({"alpha": np.array([None, {}])}, "cannot be read as arrays of numbers"),
+    ],
+)
+def test_files_that_hold_no_process_cost_one_sentence(tmp_path, arrays, message):
+    np.savez(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        get_process(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no arrays", b"PK\x03\x04 truncated"])
+def test_files_of_another_format_cost_one_sentence(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        get_process(str(tmp_path / "mine.npz"))
+
+
+def test_places_without_a_process_cost_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        get_process(str(tmp_path / "absent.npz"))
+    with pytest.raises(InputError, match="neither it nor its subfolder"):
+        get_process(str(tmp_path))
+    with pytest.raises(InputError, match="or the FOLDER of a diffusers scheduler"):
+        get_process(str(tmp_path / "absent"))
+
+
+def test_a_folder_does_not_hide_a_process_of_the_same_name(tmp_path, monkeypatch):
+    (tmp_path / "edm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert get_process("edm:T=40").T == get_process("edm").T / 25

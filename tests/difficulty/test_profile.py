@@ -131,3 +131,18 @@ def test_profile_command_writes_advice_and_the_kl_of_each_process(tmp_path):
     assert (tmp_path / "out" / "kl-edm.csv").exists()
     assert len(advice["boundaries"]["edm"]["t"]) == 4
     assert json.loads((tmp_path / "out" / "recommendation.json").read_text())["density"]["P_std"] > 0
+
+
+def test_processes_that_differ_in_their_options_alone_are_told_apart(tmp_path):
+    advice = run_profile("ring-16d:dim=3,n=40", tmp_path / "out", ["vp-linear", "vp-linear:T=500"], 3, 0, silent)
+    rows = {name: len(pd.read_csv(tmp_path / "out" / f"kl-{name}.csv")) for name in advice["boundaries"]}
+    assert rows == {"vp-linear": 999, "vp-linear-T=500": 499}
+
+
+def test_data_without_a_schedule_free_part_give_no_advice_but_a_profile(tmp_path):
+    advice = run_profile("gaussian:dim=3,var=0.3,n=40", tmp_path / "out", ["edm"], 3, 0, silent)
+    assert advice["sentences"] == [
+        "No recommendation: the profile has no schedule-free part, as data of one variance in all directions have "
+        "none; there is no burden to share."
+    ]
+    read_run(tmp_path / "out", "profile")
