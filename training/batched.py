@@ -11,11 +11,13 @@ too small to keep a core busy, ``OneByOne`` for all others.
 
 __all__ = ["OneByOne", "RunDiverged", "RunsTogether", "Stacked", "can_be_stacked", "train_together"]
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from difficulty.engines import Block
 from difficulty.prediction import from_x0_eps
@@ -28,7 +30,7 @@ from training.uncertainty import split_weight
 
 
 class RunDiverged(Diverged):
-    """The loss of run ``index`` became NaN or infinite; every run is as before that step."""
+    """The loss of run ``index`` or its gradient became NaN or infinite; every run is as before that step."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -44,7 +46,7 @@ class RunsTogether(Protocol):
         """One iteration of every run.
 
         Raises:
-            RunDiverged: if the loss of a run is not finite.
+            RunDiverged: if the loss of a run or its gradient is not finite.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,9 +148,11 @@ class Stacked:
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         found = losses.detach().tolist()
-        self._check(found, step)
+        self._check("the loss", found, step)
+        norms = self._gradient_norms()
+        self._check("the norm of the gradient", norms.tolist(), step)
         if plan.clip:
-            self._clip()
+            self._clip(norms)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr_at(step)
         self.optimizer.step()
@@ -157,18 +161,23 @@ class Stacked:
             trainer.done += 1
             trainer.sampler.update(loss)
 
-    def _check(self, losses: list[float], step: int) -> None:
-        for index, loss in enumerate(losses):
-            if not abs(loss) < float("inf"):
-                raise RunDiverged(index, self.trainers[index].divergence(loss, step))
+    def _check(self, what: str, values: list[float], step: int) -> None:
+        for index, value in enumerate(values):
+            if not math.isfinite(value):
+                raise RunDiverged(index, self.trainers[index].divergence(what, value, step))
+
+    def _gradients(self) -> list[Tensor]:
+        return [value.grad for value in self.current if value.grad is not None]
+
+    def _gradient_norms(self) -> Tensor:
+        """Norm of the gradient of every run, (runs,)."""
+        return torch.stack([gradient.flatten(1).norm(dim=1) for gradient in self._gradients()]).norm(dim=0)
 
     @torch.no_grad()
-    def _clip(self) -> None:
+    def _clip(self, norms: Tensor) -> None:
         """Every run by the norm of its own gradient, as ``clip_grad_norm_`` does for one."""
-        gradients = [value.grad for value in self.current if value.grad is not None]
-        norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-        factor = (self.plan.clip / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
+        factor = (self.plan.clip / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in self._gradients():
             gradient.mul_(factor.reshape(-1, *[1] * (gradient.ndim - 1)))
 
     @torch.no_grad()

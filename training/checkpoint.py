@@ -24,6 +24,7 @@ from difficulty.errors import InputError
 
 CHECKPOINT_FORMAT = "denoising-difficulty/checkpoint/1"
 TENSORS = ("model", "ema", "optimizer")
+FILES = (*(f"{name}.safetensors" for name in TENSORS), "state.json")
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
@@ -46,7 +47,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
         "optimizer.safetensors": save(moments),
         "state.json": json.dumps(content, allow_nan=False).encode(),
     }
-    manifest = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
+    manifest = {name: _facts(content) for name, content in files.items()}
     files["manifest.json"] = json.dumps(manifest, indent=2).encode()
     target = folder / f"step-{state['step']:08d}"
     try:
@@ -96,17 +97,22 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        files = {name: (path / name).read_bytes() for name in manifest}
-    except (OSError, ValueError) as error:
+        files = {name: (path / name).read_bytes() for name in FILES}
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint {path} is incomplete ({type(error).__name__})") from None
     for name, content in files.items():
-        if len(content) != manifest[name]["bytes"] or hashlib.sha256(content).hexdigest() != manifest[name]["sha256"]:
+        if not isinstance(manifest, dict) or manifest.get(name) != _facts(content):
             raise InputError(f"checkpoint {path} is damaged: {name} is not what was written")
     state = json.loads(files["state.json"])
     if state.pop("format", None) != CHECKPOINT_FORMAT:
         raise InputError(f"checkpoint {path} is of another version")
     state["optimizer"] = _unflatten_optimizer(load(files["optimizer.safetensors"]), state["optimizer"])
     return state | {name: load(files[f"{name}.safetensors"]) for name in ("model", "ema")}
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

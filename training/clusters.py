@@ -75,6 +75,7 @@ def _uniform(values: Array, k: int) -> npt.NDArray[np.int64]:
 
 def _contiguous(values: Array, k: int) -> npt.NDArray[np.int64]:
     z = scaled_values(values)
+    z = z - z.mean()  # a sum of squares less a squared sum cancels where the values are far from 0
     first, second = (np.concatenate([[0.0], np.cumsum(power)]) for power in (z, z**2))
     i, j = np.meshgrid(np.arange(len(z)), np.arange(1, len(z) + 1), indexing="ij")
     count = np.maximum(j - i, 1)
@@ -172,9 +173,11 @@ def order_clusters(easiest_first: Clusters, order: str, seed: int = 0) -> Cluste
     """The clusters in training order.
 
     Raises:
-        InputError: if the order is unknown.
+        InputError: if the order is unknown, or random with a negative seed.
     """
     if order == "random":
+        if seed < 0:
+            raise InputError(f"seed must not be negative, got {seed}")
         return [easiest_first[i] for i in stream(seed, ORDER, 0, 0).permutation(len(easiest_first))]
     choose("order", order, dict.fromkeys(ORDERS, None))
     return easiest_first if order == "easy-to-hard" else easiest_first[::-1]

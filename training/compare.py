@@ -33,9 +33,16 @@ from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import finish_run, read_json, read_run, start_run, write_json, write_table
 from training.arms import ArmSpec, choose_arms
 from training.curriculum import Curriculum, make_curriculum, tasks_of
-from training.effects import EFFECT_COLUMNS, effects, iterations_to_baseline, paired_intervals
+from training.effects import (
+    EFFECT_COLUMNS,
+    arms_again,
+    arms_without_order,
+    effects,
+    iterations_to_baseline,
+    paired_intervals,
+)
 from training.jobs import HELD_OUT, Job, Setting, group_jobs, run_file
-from training.metrics import check_metrics
+from training.metrics import check_enough, check_metrics
 from training.plan import LR_SCHEDULES, TrainPlan
 from training.workers import GroupRunner, worker_processes
 
@@ -105,6 +112,12 @@ def compare(
     for name, spec in specs.items():
         if spec.exposure_of is not None and spec.exposure_of not in specs:
             raise InputError(f"arm {name!r} copies the histogram of {spec.exposure_of!r}; add that arm")
+    holder: dict[Path, str] = {}
+    for name in specs:
+        file = run_file(out, name, seeds[0], "any")
+        if file in holder:
+            raise InputError(f"arms {holder[file]!r} and {name!r} would share one file of runs; rename one of them")
+        holder[file] = name
     schedules = list(dict.fromkeys(lr_schedules))
     for schedule in schedules:
         choose("learning-rate schedule", schedule, LR_SCHEDULES)
@@ -117,6 +130,8 @@ def compare(
     for spec in specs.values():  # whatever cannot be built is refused before anything is written
         setting.trainer(spec, seeds[0], schedules[0])
     check_metrics(setting.metrics, ratios=True)
+    check_enough("data", len(data.train))
+    check_enough("samples", samples)
     run = _open(out, setting, specs, list(seeds), schedules, confirms)
     jobs = [
         Job(arm, spec, seed, schedule, run_file(out, arm, seed, schedule), keep_samples=seed == seeds[0])
@@ -223,12 +238,10 @@ def _run_all(
             progress(f"{group[-1].arm} seed {group[-1].seed}", done, total)
 
 
-def _order_effects(final: pd.DataFrame, specs: Mapping[str, ArmSpec]) -> pd.DataFrame:
+def _order_effects(final: pd.DataFrame, arms: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Effects of the arms whose exposure another arm copies, against that arm: what their order alone does."""
     tables = [
-        effects(final[final["arm"].isin([name, spec.exposure_of])], baseline=name)
-        for name, spec in specs.items()
-        if spec.exposure_of is not None
+        effects(final[final["arm"].isin([arm, copy])], baseline=copy) for arm, copy in arms_without_order(arms).items()
     ]
     return pd.concat(tables) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
 
@@ -280,8 +293,8 @@ def _write_tables(
         [dict(zip(key, k, strict=True)) | row for *k, rows in runs[[*key, "stages"]].to_numpy() for row in rows]
     )
     baseline = next(iter(specs))
-    again = [name for name, spec in specs.items() if spec.fresh_seeds]
-    table = effects(final, baseline, again)
+    arms = {name: _described(spec) for name, spec in specs.items()}
+    table = effects(final, baseline, arms_again(arms))
     for name, frame in (
         ("comparison", final),
         ("curves", curves),
@@ -291,7 +304,7 @@ def _write_tables(
         ("stages", stages),
         ("exposure", _exposure(runs, bounds[-1].t_last)),
         ("effects", table),
-        ("order", _order_effects(final, specs)),
+        ("order", _order_effects(final, arms)),
         ("speed", iterations_to_baseline(curves, baseline, "nats")),
     ):
         write_table(out / f"{name}.csv", frame)

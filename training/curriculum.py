@@ -24,6 +24,7 @@ __all__ = [
     "tasks_of",
 ]
 
+import math
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,7 @@ NOISE = "noise-level"  # the pseudo-measure under which noisier is easier, as th
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Cluster(_Record):
@@ -100,6 +101,9 @@ class Curriculum(_Record):
         T = self.process.get("T")
         if not isinstance(T, int) or isinstance(T, bool) or T < 2:
             raise ValueError("the process fingerprint must state T, a whole number of at least 2")
+        t = self.process.get("t")
+        if not (isinstance(t, list) and t and all(isinstance(point, int) and 1 <= point <= T for point in t)):
+            raise ValueError("the process fingerprint must state t, the timesteps in 1..T of its alpha and sigma")
         expected = 1
         for index, task in enumerate(self.tasks):
             if task.index != index:
@@ -146,7 +150,7 @@ class Curriculum(_Record):
             what = f"has format {found!r}" if found else "states no format"
             raise InputError(f"{path} {what}; this version reads {CURRICULUM_FORMAT!r}")
         try:
-            return cls.model_validate(content)
+            return cls.model_validate(content, strict=True)
         except ValidationError as error:
             raise InputError(f"{path} is not a valid curriculum: {_first_reason(error)}") from None
 
@@ -164,19 +168,22 @@ class Curriculum(_Record):
         return digest(self.model_dump())
 
     def validate_for(self, process: Process, source: str = "the curriculum") -> None:
-        """Refuse to be used with another process, and check what the file says about log-SNR.
+        """Refuse to be used with another process, and check what the file says about its tasks.
 
         Raises:
-            InputError: if T, the direction of t, the noise levels, a task's log-SNR or the density's masses differ.
+            InputError: if T, the direction of t, the noise levels, a boundary of a task in u, sigma or log-SNR, or the
+                density's masses differ.
         """
         process.check_fingerprint(self.process, source)
         for task in self.tasks:
-            true = float(process.log_snr(task.t_first))
-            if abs(task.log_snr_high - true) > 1e-3 * max(1.0, abs(true)):
-                raise InputError(
-                    f"{source}: task {task.index} begins at t = {task.t_first}, where log-SNR is {true:.4g}, "
-                    f"but it says {task.log_snr_high:.4g}; change both or neither"
-                )
+            high, low = (float(process.log_snr(t)) for t in (task.t_first, task.t_last))
+            true = RankingTask.of(Task(task.index, task.t_first, task.t_last, high, low), process).model_dump()
+            for name, stated in task.model_dump().items():
+                if not _agree(stated, true[name], 1e-3 if name.startswith("log_snr") else 0.0):
+                    raise InputError(
+                        f"{source}: task {task.index} holds t = {task.t_first}..{task.t_last}, where {name} is "
+                        f"{true[name]}, but it says {stated}; change a boundary on every axis or on none"
+                    )
         for field in self._densities:
             if field.name != "table":
                 mass = task_masses(density(field.name, process), self.tasks)
@@ -221,6 +228,13 @@ def schema() -> dict[str, Any]:
 def tasks_of(curriculum: Curriculum | None, process: Process) -> list[RankingTask]:
     """The tasks of the curriculum, or without one twenty of equal width in t."""
     return curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+
+
+def _agree(stated: float | None, true: float | None, absolute: float) -> bool:
+    """Whether a boundary is the true one up to what is lost by writing four digits; log-SNR may be 0."""
+    if stated is None or true is None:
+        return stated is true
+    return math.isclose(stated, true, rel_tol=1e-3, abs_tol=absolute)
 
 
 def _first_reason(error: ValidationError) -> str:
@@ -392,8 +406,9 @@ def _grouped(
         tasks = _interval_tasks(process, k, method)
         measure = NOISE if measure in (None, NOISE) else pick_measure(ranking, measure)
         values = _values(ranking, tasks, measure)
-        sortable = [float("inf") if value is None else value for value in values]
-        return tasks, [[i] for i in sorted(range(k), key=sortable.__getitem__)], measure
+        # Intervals inside one measured task have its value up to rounding; of these the noisier comes first.
+        rounded = [math.inf if value is None else float(f"{value:.12g}") for value in values]
+        return tasks, [[i] for i in sorted(range(k), key=lambda i: (rounded[i], -i))], measure
     measure = NOISE if measure == NOISE else pick_measure(ranking, measure)
     return ranking.tasks, split_by_value(_values(ranking, ranking.tasks, measure), k, method), measure
 

@@ -10,9 +10,17 @@ minimal detectable effect is the |d| that a two-sided test at 5 % would find wit
 Pairing can make an effect certain that is too small to matter: one whose interval lies within +- 1 % is called so.
 """
 
-__all__ = ["EFFECT_COLUMNS", "effects", "holm", "iterations_to_baseline", "paired_intervals"]
+__all__ = [
+    "EFFECT_COLUMNS",
+    "arms_again",
+    "arms_without_order",
+    "effects",
+    "holm",
+    "iterations_to_baseline",
+    "paired_intervals",
+]
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +47,28 @@ def holm(p: Sequence[float]) -> Array:
     corrected = np.empty_like(values)
     corrected[order] = np.minimum(np.maximum.accumulate(values[order] * factors), 1.0)
     return corrected
+
+
+def arms_again(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the arms that are the first one, the baseline, but for fresh seeds (A/A).
+
+    Args:
+        arms: what each arm is, by name, as in run.json of a comparison.
+    """
+    baseline = next(iter(arms.values()))
+    return [name for name, arm in arms.items() if arm["fresh_seeds"] and {**arm, "fresh_seeds": False} == baseline]
+
+
+def arms_without_order(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The arm with the same histogram of t without order, by the name of the arm that it copies.
+
+    One of another loss weight says nothing about order, and is no such arm.
+
+    Args:
+        arms: what each arm is, by name, as in run.json of a comparison.
+    """
+    copies = {name: arm["exposure_of"] for name, arm in arms.items() if arm["exposure_of"] is not None}
+    return {copied: name for name, copied in copies.items() if arms[name]["weight"] == arms[copied]["weight"]}
 
 
 def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -> pd.DataFrame:

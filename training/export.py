@@ -21,16 +21,19 @@ from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
 from difficulty.schedulers import scheduler_for
 from training.latents import autoencoder_of
-from training.run import restore
+from training.run import Tell, restore
 
 
-def export_run(folder: Path, out: Path, vae: str | None = None) -> tuple[str, bool]:
+def export_run(
+    folder: Path, out: Path, vae: str | None = None, tell: Tell = lambda message: None
+) -> tuple[str, bool]:
     """Write the averaged weights of a run as a diffusers pipeline.
 
     Args:
         folder: of ``training run``; see the table above.
         out: folder to make; it must not exist, or be empty.
         vae: where the run's autoencoder is now, if it was moved.
+        tell: called with a sentence for every damaged checkpoint that was passed over.
 
     Returns:
         Name of the pipeline's class, and whether its pictures, which it clamps to [-1, 1], may lose something by that.
@@ -38,7 +41,7 @@ def export_run(folder: Path, out: Path, vae: str | None = None) -> tuple[str, bo
     Raises:
         InputError: if diffusers has no pipeline for the network, process or prediction, or ``out`` is not empty.
     """
-    denoiser, config = restore(folder)
+    denoiser, config = restore(folder, tell)
     spec = config["plan"]["network"]
     network = getattr(denoiser.network, "network", denoiser.network)  # without the condition around it
     if not isinstance(network, DiffusersNetwork):

@@ -16,7 +16,7 @@ kernel distance. The interval is that of the metric at these numbers of samples;
 inside balls leap as points come and go, and the intervals of precision and recall are up to twice too wide.
 """
 
-__all__ = ["DISTANCES", "METRICS", "Distance", "MetricValue", "SampleJudge", "check_metrics"]
+__all__ = ["DISTANCES", "METRICS", "Distance", "MetricValue", "SampleJudge", "check_enough", "check_metrics"]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +92,12 @@ def check_metrics(names: Sequence[str], *, ratios: bool = False) -> None:
             )
 
 
+def check_enough(what: str, count: int) -> None:
+    """Raise InputError if there are too few samples or data for a metric."""
+    if count < LEAST:
+        raise InputError(f"metrics of samples need at least {LEAST} {what}, got {count}")
+
+
 class SampleJudge:
     """Metrics of samples against one set of data, features fitted once.
 
@@ -111,7 +117,7 @@ class SampleJudge:
         value_range: tuple[float, float] | None = None,
     ) -> None:
         check_metrics(names)
-        _enough("data", data)
+        check_enough("data", len(data))
         self.metrics = {name: METRICS[name] for name in names}
         used = dict.fromkeys(features for _, features in self.metrics.values())
         self.features = {name: FEATURES[name](data, value_range) for name in used}
@@ -119,7 +125,7 @@ class SampleJudge:
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
         """Every metric of samples (n, *), n >= 40."""
-        _enough("samples", samples)
+        check_enough("samples", len(samples))
         found = {name: extract(samples) for name, extract in self.features.items()}
         return {
             name: distance.compute(found[features], self.reference[features])
@@ -138,7 +144,7 @@ class SampleJudge:
 
     def evaluate(self, samples: Tensor, level: float = LEVEL) -> dict[str, MetricValue]:
         """Every metric of samples (n, *), n >= 40, with its interval; about 40 times the work of the call."""
-        _enough("samples", samples)
+        check_enough("samples", len(samples))
         found = {name: extract(samples) for name, extract in self.features.items()}
         halves, result = self.split_half(), {}
         for name, (distance, features) in self.metrics.items():
@@ -160,8 +166,3 @@ def _jackknife_error(compute: Callable[[Array, Array], float], a: Array, b: Arra
 def _all_but_one_group(points: Array) -> list[Array]:
     group = stream(2, BOOTSTRAP, 0, 0).permutation(len(points)) % GROUPS
     return [points[group != left_out] for left_out in range(GROUPS)]
-
-
-def _enough(what: str, points: Tensor) -> None:
-    if len(points) < LEAST:
-        raise InputError(f"metrics of samples need at least {LEAST} {what}, got {len(points)}")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from difficulty.errors import InputError, choose
+from difficulty.specs import check_option
 
 Option = float | int | bool
 
@@ -211,13 +212,15 @@ def make_pacing(rule: str, options: Mapping[str, Option], stages: int, budget: i
     """A pacing rule by name.
 
     Raises:
-        InputError: if the rule or an option is unknown, or an option is out of range.
+        InputError: if the rule or an option is unknown, or an option is no number of its kind or out of range.
     """
     factory = choose("pacing rule", rule, PACINGS)
-    allowed = [name for name in inspect.signature(factory).parameters if name not in ("stages", "budget")]
-    for name in options:
+    parameters = inspect.signature(factory).parameters
+    allowed = [name for name in parameters if name not in ("stages", "budget")]
+    for name, value in options.items():
         if name not in allowed:
             raise InputError(f"pacing {rule!r} has no option {name!r}; its options are: {', '.join(allowed)}")
+        check_option(f"option {name!r} of pacing {rule!r}", value, parameters[name].default)
     return factory(stages, budget, **options)
 
 

@@ -87,11 +87,11 @@ class TrainPlan:
         choose("precision", self.precision, PRECISIONS)
         choose("condition", self.condition, CONDITIONS)
         for name in ("steps", "batch", "micro_batches", "lr"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "clip", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if not 0 <= self.condition_dropout <= 1:
             raise InputError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
         if not 0 <= self.ema_decay < 1:

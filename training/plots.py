@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from difficulty.errors import InputError
+from difficulty.plots import save_figure
 from difficulty.records import read_json, read_table, write_bytes
 from training.plot_style import COLOURS, WIDTH, grid, is_picture, mosaic, scatter, stage_panel
 
@@ -186,22 +187,9 @@ def draw_folder(folder: Path) -> list[Path]:
     paths = []
     for name, draw in kinds[kind].items():
         figure = draw(folder)
-        if figure is None:
-            continue
-        for suffix in ("png", "svg"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=150)
-            figure.set_layout_engine("none")  # laid out once for both forms: on many panels that is most of the work
-            paths.append(folder / "figures" / f"{name}.{suffix}")
-            write_bytes(paths[-1], buffer.getvalue())
-        _close(figure)
+        if figure is not None:
+            paths += save_figure(figure, folder / "figures", name)
     return paths
-
-
-def _close(figure: "Figure") -> None:
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
 
 
 def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float] | None = None) -> None:
@@ -221,6 +209,7 @@ def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
     else:
         import matplotlib
+        import matplotlib.pyplot as plt
 
         matplotlib.use("Agg", force=False)
         figure, axes = grid(1, 1, 4.0)
@@ -228,5 +217,5 @@ def save_grid(samples: torch.Tensor, path: Path, value_range: tuple[float, float
         axes[0, 0].set_xlabel("dimension 1")
         axes[0, 0].set_ylabel(f"dimension {min(2, samples[0].numel())}")
         figure.savefig(buffer, format="png", dpi=100)
-        _close(figure)
+        plt.close(figure)
     write_bytes(path, buffer.getvalue())

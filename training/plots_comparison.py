@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from difficulty.records import read_json, read_table
-from training.effects import paired_intervals
+from training.effects import arms_again, paired_intervals
 from training.jobs import run_file
 from training.plot_style import (
     BETTER,
@@ -82,7 +82,12 @@ def _effect(ax: "Axes", y: float, row: Any, marker: str) -> None:
         ax.axvspan(low, high, color="#888888", alpha=0.15, lw=0, zorder=0)
     colour = BETTER if verdict.startswith("helps") else WORSE if verdict.startswith("hurts") else NEUTRAL
     ax.plot([low, high], [y, y], color=colour, lw=1.8, solid_capstyle="butt")
-    ax.plot([middle], [y], marker, ms=4.5, color=colour, mfc=colour if colour != NEUTRAL else "white")
+    left, right = ax.get_xlim()
+    if not left <= middle <= right:  # an A/A arm, by which the limits are not made
+        marker, middle = ("<", left) if middle < left else (">", right)
+    ax.plot(
+        [middle], [y], marker, ms=4.5, color=colour, mfc=colour if colour != NEUTRAL else "white", clip_on=False
+    )
 
 
 def overview(folders: Mapping[str, Path], metrics: Sequence[str], schedule: str = "cosine") -> "Figure":
@@ -328,8 +333,7 @@ def _middle(bounds: pd.DataFrame) -> np.ndarray:
 
 
 def _again(folder: Path) -> list[str]:
-    arms = read_json(folder / "run.json")["config"]["arms"]
-    return [name for name, spec in arms.items() if spec["fresh_seeds"]]
+    return arms_again(read_json(folder / "run.json")["config"]["arms"])
 
 
 def _lines(arms: list[str], again: list[str]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from difficulty.records import read_run, read_table, write_bytes
-from training.effects import EFFECT_COLUMNS
+from training.effects import EFFECT_COLUMNS, arms_without_order
 
 FIGURES = {
     "forest": "Effect of every arm on every metric",
@@ -139,7 +139,7 @@ def _order(folder: Path, config: dict[str, Any], effects: pd.DataFrame) -> Secti
     table = read_table(folder / "order.csv", EFFECT_COLUMNS)
     if table.empty:
         return Section("Order or exposure", ["No arm copies the exposure of another, so this was not asked."])
-    copy_of = {spec["exposure_of"]: name for name, spec in config["arms"].items() if spec["exposure_of"]}
+    copy_of = arms_without_order(config["arms"])
     verdicts = {(row["arm"], row["lr_schedule"], row["metric"]): row["verdict"] for row in effects.to_dict("records")}
     sentences = []
     for row in table.to_dict("records"):

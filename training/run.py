@@ -35,7 +35,7 @@ from difficulty.models import DENOISER_FILE, save_denoiser
 from difficulty.networks import build_network
 from difficulty.process import Process
 from difficulty.ranking import RankingTask
-from difficulty.records import finish_run, read_json, start_run, write_table
+from difficulty.records import RUN_FORMAT, finish_run, read_json, start_run, write_json, write_table
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process, tasks_of
@@ -51,6 +51,11 @@ CURVE_COLUMNS = ("step", "samples", "stage", "train_loss", "lr", "nats", "loss")
 Watcher = Callable[[Trainer, float], None]
 Shower = Callable[[torch.Tensor, Path], None]
 Judged = Callable[[Trainer, HeldOutLoss], None]
+Tell = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,11 @@ def train(
     device: str = "cpu",
     parallel: str = "ddp",
     watch: Watcher | None = None,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Tell = _silent,
     show: Shower | None = None,
     judged: Judged | None = None,
 ) -> Trainer:
-    """Train, or continue a run of the same settings in ``out``.
+    """Train, or continue a run of the same settings in ``out``; run.json of a finished one stays as it is.
 
     Args:
         data, process, plan, curriculum: what to train; see ``Trainer``.
@@ -129,7 +134,11 @@ def train(
         curriculum.save(out / "curriculum.json")
     if trainer.conditioning and rank == 0:
         trainer.conditioning.save(out)
-    seconds = time.monotonic()
+    began, before = time.monotonic(), run.get("wall_seconds", 0.0)
+
+    def wall_seconds() -> float:
+        return round(before + time.monotonic() - began, 1)
+
     while trainer.done < plan.steps:
         try:
             loss = trainer.step()
@@ -165,6 +174,8 @@ def train(
             show(drawn, out / "samples" / f"step-{trainer.done:08d}.png")
         if saved:
             save_checkpoint(out / "checkpoints", current | {"log": log}, cadence.keep)
+            # Not in the checkpoint, which is the same file in every run of these settings.
+            write_json(out / "run.json", run | {"wall_seconds": wall_seconds()})
     if rank > 0:
         return trainer
     _write_tables(trainer, out, log, tasks)
@@ -174,7 +185,8 @@ def train(
             tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; train longer")
     if not isinstance(trainer.ema.network, ConditionalNetwork):
         save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
-    finish_run(out, run, wall_seconds=round(time.monotonic() - seconds, 1))
+    if run["status"] != "finished":
+        finish_run(out, run, wall_seconds=wall_seconds())
     return trainer
 
 
@@ -183,7 +195,7 @@ def _now(every: int, done: int, last: bool) -> bool:
 
 
 def _open_together(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Callable[[str], None]
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """``_open`` by the first process; the others take over what it found, an error included."""
     if trainer.world == 1:
@@ -201,7 +213,7 @@ def _open_together(
 
 
 def _open(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Callable[[str], None]
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if resume not in RESUME:
         raise InputError(f"unknown resume {resume!r}; known are {', '.join(RESUME)}")
@@ -230,9 +242,12 @@ def _open(
     state, passed = load_latest(out / "checkpoints")
     for sentence in passed:
         tell(sentence)
-    if state is not None:
-        tell(f"continuing {out} after step {state['step']}")
-    return start_run(out, "train", config), state
+    if state is None:
+        return start_run(out, "train", config), None
+    tell(f"continuing {out} after step {state['step']}")
+    if found.get("status") == "finished" and state["step"] == trainer.plan.steps:
+        return found, state
+    return start_run(out, "train", config) | {"wall_seconds": found.get("wall_seconds", 0.0)}, state
 
 
 def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> HeldOutLoss:
@@ -252,22 +267,30 @@ def _write_tables(trainer: Trainer, out: Path, log: dict[str, list[list[float]]]
     write_table(out / "coverage.csv", pd.DataFrame(coverage_rows(trainer.sampler, trainer.process)))
 
 
-def restore(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
+def restore(folder: Path, tell: Tell = _silent) -> tuple[Denoiser, dict[str, Any]]:
     """The denoiser of a run with its averaged weights, from the last whole checkpoint, and the run's settings.
 
+    Args:
+        folder: of the run.
+        tell: called with a sentence for every damaged checkpoint that was passed over.
+
     Raises:
-        InputError: if the folder holds no run or no whole checkpoint.
+        InputError: if the folder holds no run of this version, or no whole checkpoint.
     """
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run.json; give the --out folder of `training run`")
     run = read_json(folder / "run.json")
     if not isinstance(run, dict) or run.get("kind") != "train":
         raise InputError(f"{folder} holds the results of another command; give the --out folder of `training run`")
-    config = run["config"]
+    config = run.get("config")
+    if run.get("format") != RUN_FORMAT or not isinstance(config, dict):
+        raise InputError(f"{folder / 'run.json'} is of another version or damaged; this version reads {RUN_FORMAT!r}")
     state, passed = load_latest(folder / "checkpoints")
     if state is None:
         reason = passed[0] if passed else "no checkpoint was written yet"
         raise InputError(f"{folder} cannot be used: {reason}")
+    for sentence in passed:
+        tell(sentence)
     plan = config["plan"]
     network = build_network(plan["network"], tuple(config["shape"]), plan["seed"])
     if config["condition"]:

@@ -194,9 +194,14 @@ def draw_samples(
         float32 (count, *shape) on the CPU.
 
     Raises:
-        InputError: if the method is unknown, steps does not fit, a condition is given to an unconditional denoiser, or
-            the method needs a package that is missing.
+        InputError: if the method is unknown, steps does not fit, the seed is negative, a condition is given to an
+            unconditional denoiser, guidance is asked for without a condition, or the method needs a package that is
+            missing.
     """
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    if condition is None and guidance != 1:
+        raise InputError(f"guidance {guidance:g} needs a condition to guide towards; this model is sampled without one")
     told = isinstance(denoiser, Denoiser) and isinstance(denoiser.network, ConditionalNetwork)
     if condition is not None and not told:
         raise InputError("this model was trained without a condition; sample it without one")

@@ -23,6 +23,7 @@ from torch import Tensor
 from difficulty.errors import InputError
 from difficulty.process import Array, Process
 from difficulty.randomness import uniform
+from difficulty.records import digest, fingerprint_array
 from training.curriculum import Curriculum
 from training.density import Interval, density, normalised
 from training.pacing import Fraction, Pacing, make_pacing
@@ -57,7 +58,7 @@ class TimestepSampler:
         reweight: return weights that undo the base density, (1/T)/p[t], instead of ones.
 
     Raises:
-        InputError: if the curriculum was made for another process.
+        InputError: if the curriculum was made for another process, the budget is below 1, or the seed negative.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class TimestepSampler:
         stratified: bool = False,
         reweight: bool = False,
     ) -> None:
+        if budget < 1 or seed < 0:
+            raise InputError(f"a budget of at least 1 iteration and a seed from 0 are needed, got {budget} and {seed}")
         if curriculum is not None:
             curriculum.validate_for(process)
         self.T, self.seed, self.stratified, self.curriculum = process.T, seed, stratified, curriculum
@@ -79,6 +82,7 @@ class TimestepSampler:
         else:
             name = "uniform" if base_density is None else base_density
             phases = [(0.0, density(name, process) if isinstance(name, str) else normalised(name))]
+        self.budget = budget
         self.phase_starts = [round(start * budget) for start, _ in phases]
         self.bases = [table for _, table in phases]
         for table in self.bases:
@@ -119,7 +123,12 @@ class TimestepSampler:
 
         Returns:
             t, int64 in 1..T, and its weight in the loss, float32, each of shape (batch,).
+
+        Raises:
+            InputError: if the batch is empty or the rank is none of 0..world - 1.
         """
+        if batch < 1 or not 0 <= rank < world:
+            raise InputError(f"rank {rank} of {world} cannot draw {batch} timesteps; ranks count from 0, draws from 1")
         self.advance(step)
         # Each rank draws the whole global batch, logs it, and takes its part: two ranks train and log as one would.
         u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
@@ -202,21 +211,31 @@ class TimestepSampler:
             "records": [asdict(record) for record in self.log()],
             "pacing": self.pacing.state_dict(),
             "curriculum": self.curriculum.sha256 if self.curriculum else None,
+            "budget": self.budget,
+            "density": self._density_sha256,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``.
 
         Raises:
-            InputError: if the state belongs to another curriculum or seed.
+            InputError: if the state belongs to another curriculum, seed, budget or density.
         """
-        own = self.curriculum.sha256 if self.curriculum else None
-        if state["curriculum"] != own or state["seed"] != self.seed:
-            raise InputError("the saved sampler belongs to another curriculum or seed; start a new run")
+        own = self.state_dict()
+        for name in ("curriculum", "seed", "budget", "density"):
+            # States of earlier versions hold neither budget nor density.
+            if state.get(name, own[name]) != own[name]:
+                raise InputError(f"the saved sampler belongs to another {name}; start a new run")
         self.records = [StageRecord(**record) for record in state["records"]]
         self.counts = np.array(self.records[-1].samples_per_t, dtype=np.int64)
         self._set_density()
         self.pacing.load_state_dict(state["pacing"])
+
+    @property
+    def _density_sha256(self) -> str:
+        # Rounded, so that the last bit of another platform's exp does not make another density.
+        rounded = np.round(np.stack(self.bases), 9) + 0.0  # no negative zero
+        return digest({"densities": fingerprint_array(rounded), "reweight": self.reweight})
 
     def _mask(self, tasks: Sequence[int]) -> npt.NDArray[np.bool_]:
         mask = np.zeros(self.T + 1, dtype=bool)

@@ -12,6 +12,7 @@ __all__ = ["Diverged", "TrainPlan", "Trainer", "ema_share"]
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ LEAST_SCALE = 1e-6  # of the loss in fp16; it starts at 65536
 
 
 class Diverged(InputError):
-    """The loss became NaN or infinite; the trainer still holds the weights from before that step."""
+    """The loss or its gradient became NaN or infinite; the trainer still holds the weights from before that step."""
 
 
 class Trainer:
@@ -134,7 +135,7 @@ class Trainer:
         """One iteration; returns the weighted batch loss per dimension, a scalar.
 
         Raises:
-            Diverged: if the loss is not finite; weights, average and optimizer are as before the step.
+            Diverged: if the loss or its gradient is not finite; weights, average and optimizer are as before the step.
             DataLost: if samples can no longer be read; likewise.
         """
         plan, step, mine = self.plan, self.done, self._mine
@@ -159,7 +160,7 @@ class Trainer:
         self.parallel.reduce(total, self.trained)
         # The same number on every process, so that all of them stop, or all go on.
         if not torch.isfinite(total):
-            raise Diverged(self.divergence(float(total), step))
+            raise Diverged(self.divergence("the loss", float(total), step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step)
         self._update()
@@ -193,15 +194,27 @@ class Trainer:
         """Clip and step. With fp16 a step whose gradients overflow is left out, and the next one scaled less."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.plan.clip:
-            nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.plan.clip or math.inf)
         if self.scaler is None:
+            self._check_gradient(norm)
             self.optimizer.step()
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() < LEAST_SCALE:
             raise Diverged(f"the gradients overflow fp16 at step {self.done} however they are scaled; use bf16 or fp32")
+
+    def _check_gradient(self, norm: Tensor) -> None:
+        """Raise Diverged unless every gradient is finite; ``norm`` is that of the network's."""
+        norms = [norm]
+        if self.uncertainty is not None:
+            own = [parameter.grad for parameter in self.uncertainty.parameters() if parameter.grad is not None]
+            norms.append(nn.utils.get_total_norm(own))
+        # A finite loss can have a NaN gradient: that of sqrt at 0.
+        for each in norms:
+            value = float(self.parallel.whole(each))
+            if not math.isfinite(value):
+                raise Diverged(self.divergence("the norm of the gradient", value, self.done))
 
     @property
     def _mine(self) -> slice:
@@ -214,10 +227,10 @@ class Trainer:
         # Every process draws the whole batch and takes its part, so that any number of them trains as one would.
         return integers(len(self.source), self.plan.batch, self.plan.seed, BATCH, step, 0)[self._mine]
 
-    def divergence(self, loss: float, step: int) -> str:
-        """What to say when a loss is not finite."""
+    def divergence(self, what: str, value: float, step: int) -> str:
+        """What to say when a loss or the norm of its gradient is not finite."""
         return (
-            f"the loss became {loss} at step {step}; lower the learning rate (now {self.plan.lr:g}) "
+            f"{what} became {value} at step {step}; lower the learning rate (now {self.plan.lr:g}) "
             "or check the data and the loss weight"
         )
 

@@ -95,12 +95,16 @@ def loss_weights(spec: str, process: Process, prediction: str) -> Array:
         prediction: what the network outputs, a name in ``difficulty.prediction.PREDICTIONS``.
 
     Raises:
-        InputError: if a name or option is unknown, or the weight is unbounded for this process and prediction.
+        InputError: if a name or option is unknown, an option is not positive, or the weight is unbounded for this
+            process and prediction.
     """
     name, options = parse_spec(spec)
     if name == "constant" and not options:
         return np.concatenate([[0.0], np.ones(process.T)])
     formula: Callable[..., Array] = choose("loss weight", name, {"constant": _x0, **WEIGHTS})
+    for option, value in options.items():
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise InputError(f"option {option!r} of loss weight {name!r} must be a positive number, got {value!r}")
     alpha = np.maximum(process.alpha[1:], process.sigma[1:] * LEAST_RATIO)
     sigma = np.maximum(process.sigma[1:], process.alpha[1:] * LEAST_RATIO)
     try:

@@ -152,6 +152,53 @@ def test_folders_that_do_not_compare_are_refused(tmp_path):
         agreement_table([a, tmp_path / "kl"])
 
 
+def without_half(folder, name):
+    table = pd.read_csv(folder / name)
+    write_table(folder / name, table[: len(table) // 2])
+
+
+def with_text(folder, name):
+    write_table(folder / name, pd.read_csv(folder / name).assign(value="much"))
+
+
+def without_config(folder, key):
+    run = json.loads((folder / "run.json").read_text())
+    del run["config"][key]
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def a_folder_instead(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+
+
+@pytest.mark.parametrize("command", ["rank", "agree", "plot"])
+@pytest.mark.parametrize(
+    ("edit", "what", "message"),
+    [
+        (without_half, "losses.csv", "one row for each task, seed, iteration"),
+        (without_half, "convergence.csv", "one row for each task, definition"),
+        (without_half, "stability.csv", "one row for each definition, variant, task"),
+        (without_half, "relative_entropy.csv", "one row for each t "),
+        (with_text, "convergence.csv", "something else than float in column 'value'"),
+        (a_folder_instead, "convergence.csv", "not a readable CSV table"),
+        (without_config, "plan", "config.plan: Field required"),
+        (without_config, "tasks", "config.tasks: Field required"),
+    ],
+)
+def test_a_folder_that_was_edited_or_truncated_costs_one_sentence(tmp_path, capsys, command, edit, what, message):
+    folder = measured(tmp_path / "a", [exponential(100), exponential(200), exponential(300)])
+    t = np.arange(2, 1001)
+    one = dict.fromkeys(("log_snr", "kl", "ci_low", "ci_high", "per_dlogsnr2"), 1.0)
+    write_table(folder / "relative_entropy.csv", pd.DataFrame({"t": t, **one, "valid": True}))
+    run = json.loads((folder / "run.json").read_text())
+    run["config"]["measures"].append("relative-entropy")
+    (folder / "run.json").write_text(json.dumps(run))
+    edit(folder, what)
+    assert run_cli(SUBCOMMANDS, "difficulty", "", [command, str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_command_prints_sentences_or_json_and_writes_the_table(tmp_path, capsys):
     a = measured(tmp_path / "a", constant([1.0, 2.0, 4.0, 8.0]))
     b = measured(tmp_path / "b", constant([1.0, 2.0, 4.0, 8.0]), process="edm")

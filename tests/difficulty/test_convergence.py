@@ -146,3 +146,15 @@ def test_the_normalised_area_does_not_change_with_the_scale_of_the_loss():
     table = convergence_table(losses_of([exponential(100), exponential(100, 50.0), exponential(300)]), BUDGET)
     np.testing.assert_allclose(value(table, "normalised_area", 0), value(table, "normalised_area", 1))
     assert value(table, "normalised_area", 2) > value(table, "normalised_area", 0)
+
+
+def test_an_expert_that_gives_what_the_zero_network_gives_is_stuck_whatever_the_noise_of_the_floor():
+    losses = losses_of([exponential(100), lambda i: 0.2])
+    rows = losses["task"] == 1
+    losses.loc[rows, "zero_loss"] += 0.1  # by chance the floor is lower on these draws
+    assert not value(convergence_table(losses, BUDGET), "excess_nats", 1, "censored")
+    losses["zero_excess_nats"] = np.where(rows, 0.2, 1.0)
+    table = convergence_table(losses, BUDGET)
+    assert value(table, "excess_nats", 1, "censored")
+    assert np.isnan(value(table, "paper_style", 1))
+    assert not value(table, "excess_nats", 0, "censored")

@@ -89,6 +89,19 @@ def image_folder(path, sizes=((6, 6),) * 30, mode="RGB"):
     return path
 
 
+def test_images_of_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    for i in range(30):
+        Image.fromarray(np.full((2, 2), i * 65535 // 29, dtype=np.uint16)).save(tmp_path / f"{i:02d}.png")
+    data = load_dataset(tmp_path)
+    levels = torch.cat([data.train, data.heldout]).flatten(1)[:, 0].sort().values
+    torch.testing.assert_close(levels, torch.linspace(-1, 1, 30), rtol=0, atol=1e-4)
+
+
+def test_a_tensor_that_was_being_trained_is_read(tmp_path):
+    torch.save(torch.randn(40, 3, requires_grad=True), tmp_path / "d.pt")
+    assert load_dataset(tmp_path / "d.pt").shape == (3,)
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 def test_an_image_folder_gives_scaled_images_labels_and_captions(tmp_path, mode, channels):
     folder = image_folder(tmp_path, mode=mode)

@@ -89,6 +89,7 @@ def test_labels_of_a_dit_are_dropped_by_the_trainer_alone(tmp_path):
     ("config", "message"),
     [
         ({"_class_name": "UNet9DModel"}, "names 'UNet9DModel'"),
+        ({"_class_name": "__version__"}, "names '__version__'"),
         (UNET | {"block_out_channels": [8]}, "makes no UNet2DModel"),
         (UNET | {"in_channels": 3}, "cannot take x of shape"),
     ],

@@ -144,7 +144,7 @@ def test_processes_are_started_only_for_work_that_is_worth_it(monkeypatch):
     long = chosen("unet:width=8", iterations=10**7)
     assert (long.processes, long.at_once) == (3, 7)
     assert chosen("unet:width=8", iterations=10**7, processes=2).processes == 2
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="can be shared by 1 to 20 processes"):
         chosen("mlp:width=16", processes=0)
 
 
@@ -191,3 +191,49 @@ def test_a_compiled_program_gives_the_same_numbers():
         bank.blocks[0].backward(x, t, target)
     for name, value in fast.blocks[0].parameters.items():
         torch.testing.assert_close(value.grad, plain.blocks[0].parameters[name].grad, rtol=1e-3, atol=1e-6)
+
+
+class OfOne(nn.Module):
+    """A linear layer on (4,) with one thing more, which ``forward`` applies to its output."""
+
+    def __init__(self, more=None):
+        super().__init__()
+        self.layer, self.more = nn.Linear(4, 4), more or nn.Identity()
+
+    def forward(self, x, log_snr):
+        return self.more(self.layer(x))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parameters_stay_as_they_are(engine):
+    members = [Denoiser(OfOne(), PROCESS, "eps", 1.0) for _ in range(1 if engine == "loop" else 2)]
+    for member in members:
+        member.network.layer.weight.requires_grad_(False)
+    bank = Bank(members, engine, len(members))
+    optimizer = torch.optim.AdamW(bank.leaves, lr=0.1, weight_decay=0.0, fused=True)
+    x, t = torch.randn(len(members), 3, 4), torch.ones(len(members), 3, dtype=torch.long)
+    bank.blocks[0].backward(x, t, torch.zeros_like(x))
+    optimizer.step()
+    for index, member in enumerate(members):
+        weights = bank.weights(index)
+        assert torch.equal(weights["network.layer.weight"], member.network.layer.weight)
+        assert not torch.equal(weights["network.layer.bias"], member.network.layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(nn.Dropout(0.2), "random in training"), (nn.BatchNorm1d(4), "rest of its batch")]
+)
+def test_networks_whose_rows_are_not_their_own_are_refused(more, message):
+    with pytest.raises(InputError, match=message):
+        choose_engine(Denoiser(OfOne(more), PROCESS, "eps", 1.0), (4,), batch=8, experts=2, iterations=10)
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def test_a_network_that_gives_nan_is_not_folded_and_not_refused():
+    network = Denoiser(OfOne(Broken()), PROCESS, "eps", 1.0)
+    choice = choose_engine(network, (4,), batch=8, experts=2, iterations=10)
+    assert "not finite" in choice.reason

@@ -181,3 +181,32 @@ def test_every_checkpoint_is_shown_with_its_tasks(start):
     )
     company = [[3], [2], [1], [0]] if start == "neighbour" else [[0, 1, 2, 3]]
     assert seen == [(iteration, tasks) for tasks in company for iteration in plan.iterations]
+
+
+def test_networks_whose_buffers_differ_between_seeds_are_refused(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\n"
+        "class Features(torch.nn.Linear):\n"
+        "    def __init__(self, shape):\n"
+        "        super().__init__(shape[0], shape[0])\n"
+        "        self.register_buffer('scale', torch.randn(shape[0]))\n"
+        "    def forward(self, x, log_snr):\n"
+        "        return super().forward(self.scale * x)\n"
+    )
+    plan = dataclasses.replace(PLAN, network=f"{file}:Features", seeds=(0, 1))
+    with pytest.raises(InputError, match=r"buffer 'network.scale' .* differs between seeds"):
+        train_experts(GRID, PROCESS, TASKS, plan)
+    train_experts(GRID, PROCESS, TASKS, dataclasses.replace(plan, seeds=(1,)))
+
+
+def test_of_an_exact_law_the_zero_networks_excess_is_as_free_of_noise_as_the_experts():
+    curves = train_experts(GRID, PROCESS, TASKS, PLAN)
+    # The mlp starts by giving zero.
+    np.testing.assert_allclose(curves.excess[0, :, 0], curves.zero_excess, rtol=1e-3, atol=1e-9)
+    assert train_experts(load_dataset("digits"), PROCESS, TASKS[:1], PLAN).zero_excess is None
+
+
+def test_one_draw_has_no_standard_error():
+    with pytest.raises(InputError, match="at least 2"):
+        dataclasses.replace(PLAN, heldout_draws=1)

@@ -159,6 +159,6 @@ def test_an_interrupted_measurement_is_refused_with_other_settings_before_anythi
     with pytest.raises(Stop):
         measure(GRID, PROCESS, plan=PLAN, **settings)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(InputError, match="interrupted measurement with other settings"):
+    with pytest.raises(InputError, match="interrupted run with other settings"):
         measure(GRID, PROCESS, plan=dataclasses.replace(PLAN, learning_rate=0.1), **settings)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -92,8 +92,22 @@ class Eager(torch.nn.Module):
     def forward(self, x):
         return x
 
+class Still(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+
+    def forward(self, x, log_snr):
+        return x
+
+class Lost(Good):
+    def forward(self, x, log_snr):
+        raise KeyError("mine")
+
 def number(shape):
     return 3
+
+def without():
+    return Good((2,))
 """
 
 
@@ -111,6 +125,11 @@ def test_a_users_own_network_is_trained_like_ours(tmp_path):
         ("own.py:Wide", "must keep the shape"),
         ("own.py:Eager", "cannot take x"),
         ("own.py:number", "torch.nn.Module is needed"),
+        ("own.py:Still", "nothing to train"),
+        ("own.py:Lost", r"cannot take x .* \('mine'\)"),
+        ("own.py:without", "is called with the shape alone"),
+        ("wrong.py:Good", "does not run .SyntaxError"),
+        ("leaves.py:Good", "does not run .SystemExit"),
         ("own.py:Absent", "defines no function or class"),
         ("absent.py:Good", "does not exist"),
         ("unet", "needs images"),
@@ -120,6 +139,8 @@ def test_a_users_own_network_is_trained_like_ours(tmp_path):
 def test_networks_that_do_not_fit_cost_one_sentence(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "wrong.py").write_text("def (")
+    (tmp_path / "leaves.py").write_text("raise SystemExit")
     with pytest.raises(InputError, match=message):
         build_network(spec, (2,), 0)
 

@@ -1,6 +1,8 @@
 """Existing checkpoints judged on fixed draws: against exact answers, and from folders alone."""
 
 import json
+import re
+import shutil
 import warnings
 
 import numpy as np
@@ -54,7 +56,7 @@ def test_the_zero_function_loses_the_whole_noise_and_is_called_untrained(tmp_pat
     assert "hardly trained there" in found.ranking.verdict[-1]
 
 
-def test_the_batch_size_changes_nothing(tmp_path):
+def test_the_batch_size_changes_rounding_alone(tmp_path):
     data = load_dataset("digits")
     model = Denoiser(build_network("unet:width=8", data.shape, 0), PROCESS, "v", 0.7)
     trained = TrainedModel("own", PROCESS, model.eps)
@@ -97,6 +99,29 @@ def test_a_diffusers_pipeline_folder_is_probed_from_the_folder_alone(unet_folder
     assert np.isfinite(table["heldout_loss"]).all()
     # An untrained network is worse than a linear denoiser wherever the noise can be seen.
     assert table["untrained"].any()
+
+
+def test_a_model_and_a_scheduler_saved_beside_each_other_need_no_pipeline(unet_folder, tmp_path):
+    for part in ("unet", "scheduler"):
+        shutil.copytree(unet_folder / part, tmp_path / "parts" / part)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "parts").eps(x, t), load_model(unet_folder).eps(x, t))
+
+
+def test_a_probe_writes_over_no_run_but_its_own(tmp_path):
+    data = load_dataset("gaussian:dim=3,var=0.25,n=200")
+    for content, message in (
+        ({"format": "denoising-difficulty/run/1", "kind": "measure", "status": "running", "config": {}}, "interrupted"),
+        ({"epochs": 3}, "not of this project"),
+        ([], "not of this project"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        refused(message, exact_model(data.law), data, out=tmp_path, tasks=3, draws=20)
+        assert json.loads((tmp_path / "run.json").read_text()) == content
+    (tmp_path / "run.json").unlink()
+    for _ in range(2):  # its own again in place
+        probe(exact_model(data.law), data, out=tmp_path, tasks=3, draws=20)
 
 
 def test_a_diffusers_model_is_called_as_its_own_pipeline_calls_it(unet_folder):
@@ -184,6 +209,17 @@ def refused(match, *args, **changes):
 def test_models_that_cannot_be_used_cost_one_sentence(tmp_path, unet_folder):
     out = tmp_path / "out"
     refused("is no model", tmp_path, "digits", out=out)
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def nothing(x_t, t):\n    return None\n"
+        "def array(x_t, t):\n    return x_t.numpy()\n"
+        "def silent(x_t, t):\n    raise RuntimeError('')\n"
+        "def missing(x_t, t):\n    raise KeyError('key')\n"
+    )
+    for name, message in {
+        "nothing": "returns a NoneType", "array": "returns a ndarray", "silent": "(RuntimeError)", "missing": "'key'",
+    }.items():  # fmt: skip
+        refused(re.escape(message), f"{own}:{name}", "digits", "vp-linear", out=out)
     refused("cannot take samples|maps", unet_folder, "grid-2d:n=100", out=out)
     refused("noise levels differ", unet_folder, "digits", "vp-cosine", out=out)
     bare = tmp_path / "bare"

@@ -114,3 +114,30 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage, message):
     (tmp_path / "ranking.json").write_text(damage(json.dumps(ranking.model_dump())))
     with pytest.raises(InputError, match=message):
         Ranking.load(tmp_path)
+
+
+def test_tasks_that_could_not_be_learned_share_the_hardest_places():
+    value = np.arange(1.0, 11.0)
+    value[[2, 5, 7]] = np.nan
+    measure = ranking_of(m=estimate(value)).measures["m"]
+    assert [(measure.rank_low[k], measure.rank_high[k]) for k in (2, 5, 7)] == [(8, 10)] * 3
+    assert measure.rank_high[9] == 7
+
+
+def test_nothing_is_said_of_lower_t_where_only_flagged_tasks_say_it():
+    value = np.ones(10)
+    value[:4] = np.nan
+    hidden = ranking_of(m=estimate(value, 0.1)).verdict[0]
+    assert "is not decided without the tasks that are flagged" in hidden
+    falling = 2.0 ** -np.arange(10)
+    assert "'lower t is harder' holds (" in ranking_of(m=estimate(falling)).verdict[0]
+
+
+def test_a_file_without_measures_or_with_short_intervals_is_refused(tmp_path):
+    ranking_of(m=estimate(np.arange(1.0, 11.0))).save(tmp_path / "ranking.json")
+    content = json.loads((tmp_path / "ranking.json").read_text())
+    short = content["measures"]["m"] | {"ci_low": [1.0]}
+    for measures, message in (({}, "there must be a measure"), ({"m": short}, "one entry per task")):
+        (tmp_path / "ranking.json").write_text(json.dumps(content | {"measures": measures}))
+        with pytest.raises(InputError, match=message):
+            Ranking.load(tmp_path)

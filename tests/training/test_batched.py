@@ -104,6 +104,19 @@ def test_run_whose_loss_is_not_finite_is_named_and_nothing_has_moved(gaussian, p
     assert json.dumps([p.tolist() for p in together.trainers[2].denoiser.parameters()]) == before
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_run_whose_gradient_is_not_finite_is_named_and_nothing_has_moved(gaussian, process, clip):
+    together = Stacked([Trainer(gaussian, process, TrainPlan(**PLAN, clip=clip, seed=seed)) for seed in range(3)])
+    together.step()
+    before = json.dumps([p.tolist() for p in together.trainers[1].denoiser.parameters()])
+    of_one = torch.tensor([1.0, float("nan"), 1.0])
+    together.current[0].register_hook(lambda gradient: gradient * of_one.reshape(-1, *[1] * (gradient.ndim - 1)))
+    with pytest.raises(RunDiverged, match="the norm of the gradient became nan at step 1") as caught:
+        together.step()
+    assert caught.value.index == 1
+    assert json.dumps([p.tolist() for p in together.trainers[1].denoiser.parameters()]) == before
+
+
 def test_runs_of_unlike_plans_are_not_stacked(gaussian, process):
     trainers = [Trainer(gaussian, process, TrainPlan(**PLAN | {"lr": lr})) for lr in (1e-3, 1e-2)]
     with pytest.raises(ValueError, match="seed, density and weight only"):

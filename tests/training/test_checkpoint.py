@@ -70,6 +70,16 @@ def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_message(trainer,
     assert "the checkpoint before it is used" in passed[0]
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", "null", '{"state.json": 3}', "[" * 100_000])
+def test_manifest_that_names_no_files_is_damage(trainer, tmp_path, manifest):
+    save_checkpoint(tmp_path, trainer.state_dict(), keep=3)
+    trainer.step()
+    (save_checkpoint(tmp_path, trainer.state_dict(), keep=3) / "manifest.json").write_text(manifest)
+    state, passed = load_latest(tmp_path)
+    assert state["step"] == 3
+    assert "step-00000004" in passed[0]
+
+
 def test_full_disk_is_said_in_one_sentence_and_leaves_the_last_good_checkpoint(trainer, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, trainer.state_dict(), keep=3)
     trainer.step()

@@ -93,6 +93,21 @@ def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
         ["run", DATA, "--out", "x", "--network", "unet"],
         ["run", DATA, "--out", "x", "--steps", "0"],
         ["run", DATA, "--out", "x", "--device", "abacus"],
+        ["run", DATA, "--out", "x", "--weight", "edm:sd=0"],
+        ["run", DATA, "--out", "x", "--lr", "inf"],
+        ["run", DATA, "--out", "x", "--weight-decay", "nan"],
+        ["run", DATA, "--out", "x", "--network", "mlp:width=-3"],
+        ["run", DATA, "--out", "x", "--network", "mlp:width=abc"],
+        ["run", DATA, "--out", "x", "--network", "mlp:width=0"],
+        ["run", DATA, "--out", "x", "--network", "mlp:depth=-1"],
+        ["run", DATA, "--out", "x", "--network", "mlp:width=1.5"],
+        ["run", "digits", "--out", "x", "--network", "dit:depth=0"],
+        ["run", "digits", "--out", "x", "--network", "dit:patch=0"],
+        ["run", "digits", "--out", "x", "--network", "unet:levels=0"],
+        ["run", DATA, "--out", "x", "--posterior", "sample"],
+        ["run", DATA, "--out", "x", "--floor-from", "y"],
+        ["compare", DATA, "--out", "x", "--arms", "vanilla", "p2", "--samples", "0"],
+        ["compare", DATA, "--out", "x", "--arms", "vanilla", "p2", "--samples", "10"],
         ["compare", DATA, "--out", "x", "--arms", "vanilla", "curriculum"],
         ["sample", "missing"],
         ["evaluate", "missing", DATA],
@@ -109,6 +124,41 @@ def test_unusable_input_ends_with_code_two_one_message_and_nothing_written(args,
     assert "Traceback" not in err
     assert err.strip()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_cannot_be_asked_costs_one_sentence_and_a_passed_over_checkpoint_another(call, tmp_path):
+    out = tmp_path / "run"
+    assert call("run", DATA, "--out", out, "--steps", "20", *SMALL, "--checkpoint-every", "10")[0] == 0
+    before = sorted(tmp_path.rglob("*"))
+    for args in (
+        ["sample", out, "--seed", "-1"],
+        ["sample", out, "--guidance", "2"],
+        ["evaluate", out, DATA, "--seed", "-1"],
+        ["evaluate", out, DATA, "--samples", "0"],
+        ["evaluate", out, DATA, "--guidance", "2"],
+    ):
+        code, _, err = call(*args)
+        assert (code, err.count("\n")) == (2, 1), err
+    assert sorted(tmp_path.rglob("*")) == before
+    (out / "checkpoints" / "step-00000020" / "ema.safetensors").write_bytes(b"cut off")
+    for args in (["sample", out, "--count", "4"], ["evaluate", out, DATA, "--samples", "40", "--json"]):
+        code, _, err = call(*args)
+        assert code == 0
+        assert "step-00000020 is damaged" in err
+
+
+def test_random_order_of_a_negative_seed_costs_one_sentence(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    code, _, err = call("cluster", tmp_path, "-k", "3", "--order", "random", "--seed", "-1", "-o", tmp_path / "c.json")
+    assert (code, err) == (2, "training: seed must not be negative, got -1\n")
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_deeply_nested_json_costs_one_sentence(call, tmp_path):
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    code, _, err = call("validate", tmp_path / "c.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not valid JSON" in err
 
 
 def test_module_and_console_command_are_one(tmp_path):

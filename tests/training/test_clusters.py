@@ -90,6 +90,16 @@ def test_hard_to_easy_is_the_reverse_and_random_depends_on_the_seed():
     assert order_clusters(clusters, "random", 1) == order_clusters(clusters, "random", 1)
 
 
+def test_contiguous_clusters_do_not_depend_on_an_offset_of_the_values():
+    values = np.random.default_rng(0).normal(size=24)
+    assert split_by_value(values + 1e8, 5, "contiguous") == split_by_value(np.round(values, 7), 5, "contiguous")
+
+
+def test_random_order_of_a_negative_seed_is_refused():
+    with pytest.raises(InputError, match="seed must not be negative, got -1"):
+        order_clusters([[0], [1]], "random", -1)
+
+
 @pytest.mark.parametrize(("k", "method"), [(0, "kmeans"), (9, "quantile"), (3, "k-means")])
 def test_impossible_numbers_of_clusters_and_unknown_methods_are_refused(k, method):
     with pytest.raises(InputError):

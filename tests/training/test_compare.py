@@ -18,7 +18,7 @@ from training.excess import Excess
 from training.heldout import HeldOut
 from training.jobs import FRESH
 from training.plots import draw_folder
-from training.plots_comparison import COMPARISON_FIGURES
+from training.plots_comparison import COMPARISON_FIGURES, forest
 from training.report import order_or_exposure, percent, write_report
 
 SMALL = {"steps": 30, "batch": 8, "network": "mlp:width=8,depth=2", "samples": 64, "seeds": [0, 1]}
@@ -137,6 +137,49 @@ def test_repeat_of_vanilla_trains_with_seeds_of_its_own(gaussian, process, tmp_p
     assert (direct["verdict"] == "one seed, no interval").all()
     fresh = json.loads((tmp_path / "direct" / "runs" / f"a-cosine-seed{FRESH}.json").read_text())
     assert fresh["final"] == again["final"]
+
+
+def test_only_a_repeat_of_the_baseline_is_a_noise_floor(gaussian, process, tmp_path):
+    arms = ["p2", "vanilla-again", "vanilla-again+p2", "vanilla-again+min-snr"]
+    table = compare(gaussian, process, arms, out=tmp_path, **SMALL)
+    floors = table[table["verdict"] == "noise floor (A/A)"]
+    assert set(floors["arm"]) == {"vanilla-again+p2"}
+    assert table.loc[table["arm"] != "vanilla-again+p2", "p_holm"].notna().all()
+    half_width = 0.5 * (floors["ci_high"] - floors["ci_low"])
+    assert np.allclose(table.loc[table["arm"] == "vanilla-again", "noise_floor"], half_width)
+
+
+def test_order_is_judged_against_the_same_exposure_with_the_same_weight(gaussian, process, curriculum, tmp_path):
+    arms = ["vanilla", "curriculum", "static", "static+p2"]
+    compare(gaussian, process, arms, curriculum=curriculum, out=tmp_path, **SMALL)
+    order = pd.read_csv(tmp_path / "order.csv")
+    assert not order["metric"].duplicated().any()
+    wide = pd.read_csv(tmp_path / "comparison.csv").pivot(index=["metric", "seed"], columns="arm", values="value")
+    expected = np.log(wide["curriculum"] / wide["static"]).groupby("metric").mean()
+    assert np.allclose(order.set_index("metric")["log_ratio"], expected[order["metric"]])
+    exposure = pd.read_csv(tmp_path / "effects.csv").query("arm == 'static' and metric == 'nats'").iloc[0]
+    both = order.query("metric == 'nats'").iloc[0]
+    effect = pd.read_csv(tmp_path / "effects.csv").query("arm == 'curriculum' and metric == 'nats'").iloc[0]
+    answer = order_or_exposure(effect["verdict"], both["verdict"], exposure["verdict"])
+    assert f"curriculum, nats, learning rate cosine: {answer} (against its own" in write_report(tmp_path)[0].read_text()
+
+
+def test_arms_that_would_share_a_file_are_refused_before_anything_is_written(gaussian, process, tmp_path):
+    with pytest.raises(InputError, match="arms 'a/c' and 'a-c' would share one file"):
+        compare(gaussian, process, {"a/c": ArmSpec(), "a-c": ArmSpec(weight="p2")}, out=tmp_path / "new", **SMALL)
+    assert not (tmp_path / "new").exists()
+
+
+def test_marker_of_a_repeat_beyond_the_limits_points_at_its_place(gaussian, process, tmp_path):
+    compare(gaussian, process, ["vanilla", "vanilla-again", "p2"], out=tmp_path, **SMALL)
+    table = pd.read_csv(tmp_path / "effects.csv")
+    judged = table["arm"] == "p2"
+    table.loc[judged, ["log_ratio", "ci_low", "ci_high"]] = [0.0, -0.001, 0.001]
+    table.loc[~judged, ["log_ratio", "ci_low", "ci_high"]] = [0.5, 0.4, 0.6]
+    table.to_csv(tmp_path / "effects.csv", index=False)
+    for ax in forest(tmp_path).axes:
+        right = ax.get_xlim()[1]
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == ">"] == [right]
 
 
 def test_random_order_differs_between_seeds_and_holds_the_same_clusters(curriculum, process):
@@ -308,6 +351,8 @@ def test_comparison_refuses_what_it_cannot_do(gaussian, process, curriculum, tmp
         (["vanilla", "min-snr"], {"seeds": [1, 1]}, "different whole numbers"),
         (["vanilla", "min-snr"], {"metrics": ["fid"]}, "unknown metric"),
         (["vanilla", "min-snr"], {"metrics": ["kid-pca"]}, "no ratio"),
+        (["vanilla", "min-snr"], {"samples": 0}, "at least 40 samples, got 0"),
+        (["vanilla", "min-snr"], {"samples": 10}, "at least 40 samples, got 10"),
     ):
         with pytest.raises(InputError, match=reason):
             compare(gaussian, process, arms, out=tmp_path / "new", **(SMALL | options))

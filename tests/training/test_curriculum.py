@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -7,7 +8,7 @@ import pytest
 
 import training
 from difficulty.errors import InputError
-from difficulty.process import get_process
+from difficulty.process import PROCESSES, get_process
 from training.curriculum import Curriculum, DensityPhase, interval_curriculum, make_curriculum, schema
 from training.density import task_masses
 
@@ -107,6 +108,17 @@ BROKEN = {
     "unknown pacing option": (_set("pacing", "options", {"tau": 3}), "has no option"),
     "masses that do not add up": (_set("density", "task_mass", [0.5] * 8), "task_mass"),
     "text for a number": (_set("tasks", 0, "t_first", "one"), "tasks.0.t_first"),
+    "number as text": (_set("tasks", 0, "t_first", "1"), "tasks.0.t_first"),
+    "fraction for a whole number": (_set("clusters", 0, "tasks", [5.0, 6, 7]), "clusters.0.tasks.0"),
+    "text for true": (_set("accumulate", "yes"), "accumulate"),
+    "mass of NaN": (_set("density", "task_mass", [float("nan")] * 8), "density.task_mass.0"),
+    "pacing option of NaN": (_set("pacing", "options", {"share": float("nan")}), "pacing.options"),
+    "pacing option of a fraction": (
+        _set("pacing", {"rule": "patience", "options": {"tau": 1.5}}), "'tau' .* must be a whole number"
+    ),
+    "fingerprint without points": (_set("process", "t", []), "fingerprint must state t"),
+    "fingerprint beyond T": (_set("process", "t", [1, 81]), "fingerprint must state t"),
+    "fingerprint of text": (_set("process", "t", "1"), "fingerprint must state t"),
 }
 
 
@@ -146,8 +158,43 @@ def test_boundary_that_was_edited_in_t_but_not_in_log_snr_is_refused(curriculum,
         content["tasks"][0]["t_last"], content["tasks"][1]["t_first"] = 12, 13
         content["density"]["name"] = "table"
 
-    with pytest.raises(InputError, match="change both or neither"):
+    with pytest.raises(InputError, match="on every axis or on none"):
         Curriculum.model_validate(_changed(curriculum, change)).validate_for(process)
+
+
+@pytest.mark.parametrize(
+    "axis", ["u_first", "u_last", "sigma_first", "sigma_last", "log_snr_high", "log_snr_low"]
+)
+@pytest.mark.parametrize("change", [lambda value: 1.01 * value + 0.01, lambda value: float("nan")])
+def test_boundary_that_disagrees_with_t_on_any_axis_is_refused(curriculum, process, axis, change):
+    edited = _set("tasks", 3, axis, change(getattr(curriculum.tasks[3], axis)))
+    with pytest.raises(InputError, match=f"task 3 holds t = 31..40, where {axis} is"):
+        Curriculum.model_validate(_changed(curriculum, edited)).validate_for(process)
+
+
+def test_boundaries_written_with_four_digits_are_accepted(curriculum, process):
+    def rounded(content):
+        for task in content["tasks"]:
+            task |= {name: float(f"{value:.4g}") for name, value in task.items() if isinstance(value, float)}
+
+    Curriculum.model_validate(_changed(curriculum, rounded)).validate_for(process)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_process_agrees_with_its_own_curriculum(name):
+    process = get_process(f"{name}:T=100")
+    interval_curriculum(process, k=5).validate_for(process)
+
+
+def test_intervals_inside_one_measured_task_come_noisier_first(ranking):
+    fine = make_curriculum(ranking, method="snr", k=7, measure="excess_nats")
+    ties = [
+        (a.tasks[0], b.tasks[0])
+        for a, b in pairwise(fine.clusters)
+        if a.difficulty == pytest.approx(b.difficulty, rel=1e-12)
+    ]
+    assert ties
+    assert all(first > second for first, second in ties)
 
 
 def test_table_density_follows_the_masses_in_the_file(curriculum, process):

@@ -133,3 +133,21 @@ def test_bad_options_are_refused(rule, options):
 
 def test_fresh_patience_has_no_minimum():
     assert math.isinf(make_pacing("patience", {}, 2, 10).best)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "kind"),
+    [
+        ("patience", {"tau": math.nan}, "whole"),
+        ("patience", {"tau": 1.5}, "whole"),
+        ("patience-kept", {"tau": True}, "whole"),
+        ("held-out", {"check_every": 2.5}, "whole"),
+        ("held-out", {"least": math.inf}, "whole"),
+        ("held-out", {"z_least": math.nan}, "finite"),
+        ("fraction", {"share": math.nan}, "finite"),
+        ("patience", {"keep_best": 3}, "true or false"),
+    ],
+)
+def test_options_that_are_no_numbers_of_their_kind_are_refused(rule, options, kind):
+    with pytest.raises(InputError, match=f"of pacing '{rule}' must be .*{kind}"):
+        make_pacing(rule, options, 2, 100)

@@ -5,15 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from difficulty.errors import InputError
+from difficulty.models import load_denoiser
 from training.curriculum import make_curriculum
+from training.plots import draw_folder, save_grid
 from training.run import Cadence, restore, train
 from training.trainer import Diverged, TrainPlan
 
@@ -64,10 +68,57 @@ def test_interrupted_and_continued_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 def test_finished_run_is_left_as_it_is(gaussian, process, tmp_path):
+    def facts():
+        return (tmp_path / "run" / "run.json").read_bytes()
+
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
-    before = _result(tmp_path / "run")
+    before = _result(tmp_path / "run"), facts()
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
-    assert _result(tmp_path / "run") == before
+    assert (_result(tmp_path / "run"), facts()) == before
+
+
+def test_a_continued_run_states_the_seconds_of_all_its_parts(gaussian, process, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000_000, 1000))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+    def seconds():
+        return json.loads((tmp_path / "run" / "run.json").read_text())["wall_seconds"]
+
+    with pytest.raises(Stop):
+        train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, watch=_stop_at(40))
+    first = seconds()
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    assert seconds() > first >= 4000
+
+
+def test_two_runs_of_the_same_settings_write_the_same_denoiser(gaussian, process, tmp_path):
+    files = []
+    for name in ("a", "b"):
+        train(gaussian, process, PLAN, tmp_path / name, cadence=CADENCE)
+        files.append((tmp_path / name / "denoiser.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_denoiser_of_the_earlier_format_is_read(gaussian, process, tmp_path):
+    trainer = train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    path = tmp_path / "run" / "denoiser.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    del facts["format"]
+    earlier = {"format": "denoising-difficulty/denoiser/1", "facts": json.dumps(facts)}
+    save_file(load_file(path), path, earlier)
+    x, t = torch.randn(3, 4), torch.tensor([1, 40, 80])
+    assert torch.equal(load_denoiser(path).eps(x, t), trainer.ema.eps(x, t))
+    save_file(load_file(path), path, {"facts": "[]"})
+    with pytest.raises(InputError, match="has format None"):
+        load_denoiser(path)
+
+
+def test_drawing_a_folder_again_writes_the_same_figures(gaussian, process, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, show=save_grid)
+    first, second = ({path: path.read_bytes() for path in draw_folder(tmp_path / "run")} for _ in range(2))
+    assert first == second
+    assert any(path.suffix == ".svg" for path in first)
 
 
 KILLED = """
@@ -192,6 +243,24 @@ def test_restored_denoiser_holds_the_averaged_weights(gaussian, process, tmp_pat
 def test_folder_without_a_checkpoint_cannot_be_restored(tmp_path):
     with pytest.raises(InputError, match=r"no run\.json"):
         restore(tmp_path)
+
+
+def test_damaged_last_checkpoint_is_said_where_a_run_is_read(gaussian, process, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    (tmp_path / "run" / "checkpoints" / "step-00000060" / "ema.safetensors").write_bytes(b"cut off")
+    told = []
+    restore(tmp_path / "run", told.append)
+    assert len(told) == 1
+    assert "step-00000060 is damaged" in told[0]
+
+
+@pytest.mark.parametrize("change", [{"format": "denoising-difficulty/run/9"}, {"config": None}])
+def test_run_of_another_version_cannot_be_restored(gaussian, process, tmp_path, change):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="another version or damaged"):
+        restore(tmp_path / "run")
 
 
 def test_a_finished_run_is_probed_from_its_folder(gaussian, process, tmp_path):

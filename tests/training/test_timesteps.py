@@ -109,6 +109,35 @@ def test_state_of_another_curriculum_is_refused(process, curriculum, one_cluster
         TimestepSampler(process, one_cluster, budget=10).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"budget": 20}, "budget"),
+        ({"base_density": "log-snr"}, "density"),
+        ({"reweight": True}, "density"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_state_of_another_budget_density_or_seed_is_refused(process, curriculum, change, name):
+    state = TimestepSampler(process, curriculum, budget=10).state_dict()
+    with pytest.raises(InputError, match=f"belongs to another {name}"):
+        TimestepSampler(process, curriculum, **({"budget": 10} | change)).load_state_dict(state)
+    of_earlier_version = {key: value for key, value in state.items() if key not in ("budget", "density")}
+    TimestepSampler(process, curriculum, budget=10).load_state_dict(of_earlier_version)
+
+
+@pytest.mark.parametrize(("batch", "rank", "world"), [(4, 1, 1), (4, 2, 2), (4, -1, 2), (0, 0, 1)])
+def test_rank_outside_the_world_and_empty_batches_are_refused(process, batch, rank, world):
+    with pytest.raises(InputError, match="cannot draw"):
+        TimestepSampler(process, budget=10).sample(batch, step=0, rank=rank, world=world)
+
+
+@pytest.mark.parametrize("bad", [{"budget": 0}, {"budget": 10, "seed": -1}])
+def test_sampler_without_iterations_or_stream_is_refused(process, bad):
+    with pytest.raises(InputError, match="at least 1 iteration"):
+        TimestepSampler(process, **bad)
+
+
 def test_log_counts_every_sample_that_was_drawn(process, curriculum):
     sampler = TimestepSampler(process, curriculum, budget=100, seed=0)
     drawn = _draw(sampler, 100, batch=8)

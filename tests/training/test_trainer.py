@@ -125,6 +125,17 @@ def test_nan_in_the_data_of_a_step_stops_before_the_weights_change(gaussian, pro
     assert trainer.done == 40
 
 
+@pytest.mark.parametrize("change", [{}, {"clip": 0.0}, {"micro_batches": 2}, {"weight": "uncertainty"}])
+def test_a_gradient_of_nan_under_a_finite_loss_stops_before_the_weights_change(gaussian, process, change):
+    trainer, _ = _train(gaussian, process, replace(PLAN, **change))
+    before = [w.clone() for w in _weights(trainer)]
+    trainer.denoiser.network.first.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(Diverged, match="the norm of the gradient became nan at step 40"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))
+    assert trainer.done == 40
+
+
 def test_state_restored_into_a_new_trainer_continues_bit_identically(gaussian, process, ranking):
     for pacing in ("fraction", "patience", "held-out"):
         options = {"patience": {"tau": 4}, "held-out": {"check_every": 5, "least": 5}}.get(pacing, {})
@@ -166,7 +177,8 @@ def test_batch_that_cannot_be_shared_is_refused(gaussian, process):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"precision": "fp8"}, {"steps": 0}, {"lr": -1.0}, {"lr_schedule": "step"}, {"ema_decay": 1.0}, {"clip": -1}]
+    "bad", [{"precision": "fp8"}, {"steps": 0}, {"lr": -1.0}, {"lr_schedule": "step"}, {"ema_decay": 1.0}, {"clip": -1},
+            {"lr": float("inf")}, {"weight_decay": float("nan")}, {"clip": float("inf")}]
 )
 def test_plans_that_cannot_train_are_refused(bad):
     with pytest.raises(InputError):

@@ -74,6 +74,15 @@ def test_unknown_weights_and_options_are_refused(spec):
         loss_weights(spec, VP, "eps")
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["edm:sd=0", "min-snr:gamma=0", "soft-min-snr:gamma=0", "min-snr:gamma=-1", "p2:k=nan", "p2:gamma=inf", "edm:sd=a"],
+)
+def test_options_that_are_no_positive_numbers_are_refused(spec):
+    with pytest.raises(InputError, match="must be a positive number, got"):
+        loss_weights(spec, VP, "eps")
+
+
 def test_every_weight_is_stated_for_log_snr_alone():
     # The same SNR on another process has the same weight on x0.
     log_snr = VP.log_snr(500)

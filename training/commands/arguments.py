@@ -1,7 +1,8 @@
 """What several commands make of their arguments."""
 
-__all__ = ["File", "Text", "chosen_device", "chosen_process"]
+__all__ = ["File", "Text", "chosen_device", "chosen_process", "warn"]
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,11 @@ from training.curriculum import Curriculum, known_process
 
 Text = Annotated[str, tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
+
+
+def warn(message: str) -> None:
+    """Say something beside the result."""
+    print(message, file=sys.stderr)
 
 
 def chosen_process(name: str | None, curriculum: Curriculum | None, source: str) -> Process:

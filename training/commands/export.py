@@ -4,7 +4,7 @@ __all__ = ["export"]
 
 from pathlib import Path
 
-from training.commands.arguments import File
+from training.commands.arguments import File, warn
 from training.export import export_run
 
 
@@ -19,7 +19,7 @@ def export(folder: File, out: Path, vae: str | None = None) -> None:
         out: Folder to make.
         vae: Where the run's autoencoder is now, if it was moved.
     """
-    pipeline, clamped = export_run(folder, out, vae)
+    pipeline, clamped = export_run(folder, out, vae, warn)
     print(f"{out}: load it with diffusers.{pipeline}.from_pretrained({str(out)!r})")
     if clamped:
         print("note: the pipeline clamps its pictures to [-1, 1], which need not be the range of the data")

@@ -74,11 +74,11 @@ def cluster(
 def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.json")) -> None:
     """Write the recipe `measured` for a ranking as a curriculum: a density of t that changes over the run.
 
-    Example: training recipe results/digits --design root-long --output measured.json
+    Example: training recipe results/digits --design ordered --output measured.json
 
     Args:
         folder: Results folder with ranking.json, or that file; tasks of equal width in log-SNR serve best.
-        design: half, root, root-long, mild, annealed, guarded or log-snr; see training/recipe.py.
+        design: root-long, ordered, half, root, mild, annealed, guarded or log-snr; see training/recipe.py.
         output: File to write.
     """
     ranking = Ranking.load(folder)

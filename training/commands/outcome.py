@@ -13,13 +13,13 @@ import tyro
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.records import write_bytes, write_json, write_table
-from training.commands.arguments import File, Text, chosen_device
+from training.commands.arguments import File, Text, chosen_device, warn
 from training.commands.condition import asked_for, obedience, sentences, summary, told_of
 from training.curriculum import Curriculum, tasks_of
 from training.effects import LEVEL
 from training.heldout import HeldOut
 from training.latents import autoencoder_of, latent_dataset
-from training.metrics import SampleJudge
+from training.metrics import SampleJudge, check_enough
 from training.plots import draw_folder, save_grid
 from training.run import restore
 from training.sampling import draw_samples
@@ -64,7 +64,7 @@ def sample(
 
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    denoiser, config = restore(folder)
+    denoiser, config = restore(folder, warn)
     where = chosen_device(device)
     drawn = draw_samples(
         denoiser.to(where),
@@ -120,9 +120,10 @@ def evaluate(
         text_encoder: Where the run's text encoder is now, if it was moved.
         vae: Where the run's autoencoder is now, if it was moved.
         seed: Of the noise.
-        json: Print everything as JSON, and write evaluation.json.
+        json: Print as JSON what evaluation.json in the folder then holds in any case.
     """
-    denoiser, config = restore(folder)
+    check_enough("samples", samples)
+    denoiser, config = restore(folder, warn)
     pictures = dataset = load_dataset(data)
     autoencoder = autoencoder_of(config["latents"], vae) if config["latents"] else None
     if autoencoder:

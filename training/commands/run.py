@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
+from difficulty.errors import InputError
 from training.commands.arguments import Text, chosen_device, chosen_process
 from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum, tasks_of
@@ -119,6 +120,10 @@ def run(
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
     """
+    if posterior != "mean" and vae is None:
+        raise InputError(f"--posterior {posterior} is of the latents of an autoencoder; give one with --vae")
+    if floor_from and not probe_every:
+        raise InputError("--floor-from is of the probe; ask for one with --probe-every")
     rank, where = join_processes(chosen_device(device))
     tell = functools.partial(tqdm.write, file=sys.stderr)
     dataset = load_dataset(data, resident)

@@ -1,0 +1,67 @@
+"""A measurement whose experts fail says so, in words and in figures."""
+
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pytest
+
+from difficulty.expert_plan import ExpertPlan
+from difficulty.measurement import measure
+from difficulty.plots import difficulty_figure, plot_folder, rank_figure
+
+PLAN = ExpertPlan(seeds=(0, 1), budget=20, batch=8, heldout_draws=20)
+OWN = """
+import torch
+
+class Late(torch.nn.Linear):
+    def __init__(self, shape):
+        super().__init__(shape[0], shape[0])
+
+    def forward(self, x, log_snr):
+        return torch.where(log_snr[:, None] < -3, float("nan"), super().forward(x))
+
+class Never(Late):
+    def forward(self, x, log_snr):
+        return 0 * super().forward(x, log_snr.abs())
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A function that measures with a network of ``OWN``, or with a learning rate; it gives the folder and ranking."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "own.py").write_text(OWN)
+
+    def run(network="", **changes):
+        plan = replace(PLAN, **changes) if changes else replace(PLAN, network=f"{folder / 'own.py'}:{network}")
+        out = folder / (network or "diverged")
+        return out, measure("grid-2d:n=200", out=out, tasks=4, measures=["convergence"], plan=plan).ranking
+
+    return run
+
+
+def test_tasks_whose_experts_diverged_are_named_and_decide_nothing(measured):
+    folder, ranking = measured("Late")
+    assert "Experts of t 501..750, 751..1000 diverged." in ranking.verdict
+    excess = ranking.measures["excess_nats"]
+    assert excess.value[2:] == [None, None]
+    assert (excess.rank_low[2:], excess.rank_high[2:]) == ([3, 3], [4, 4])
+    assert "is not decided" in ranking.verdict[0]
+    # On the upper edge of the panel, and hollow.
+    edge = [line for line in difficulty_figure(folder).axes[0].lines if list(line.get_ydata()) == [1, 1]]
+    assert [line.get_markerfacecolor() for line in edge] == ["white"]
+    ranks = [line for line in rank_figure(folder).axes[0].lines if 3 in line.get_ydata() or 4 in line.get_ydata()]
+    assert {line.get_markerfacecolor() for line in ranks if line.get_marker() in "os^"} == {"white"}
+    plt.close("all")
+
+
+def test_tasks_whose_experts_never_learned_are_named_and_flagged(measured):
+    _, ranking = measured("Never")
+    assert "Experts of t 1..250, 251..500, 501..750, 751..1000 are no better" in " ".join(ranking.verdict)
+    assert all(ranking.measures["excess_nats"].flagged)
+
+
+def test_a_measurement_of_which_every_expert_diverged_is_drawn(measured):
+    folder, ranking = measured(learning_rate=1e30)
+    assert ranking.measures["excess_nats"].value == [None] * 4
+    assert {path.stem for path in plot_folder(folder)} == {"difficulty", "ranks", "agreement", "learning_curves"}
