@@ -28,8 +28,14 @@ import pandas as pd
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.floors import FLOOR_FILE, joint_floor, over_floor, read_floor
-from difficulty.measurement import convergence_estimates, rank_folder, relative_entropy_estimates
-from difficulty.probe import probe_estimates
+from difficulty.measurement import (
+    check_config,
+    convergence_estimates,
+    rank_folder,
+    read_tables,
+    relative_entropy_estimates,
+)
+from difficulty.probe import PROBE_COLUMNS, probe_estimates
 from difficulty.process import Array, Process
 from difficulty.process_file import read_process
 from difficulty.randomness import stream
@@ -180,15 +186,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _load(folder: Path, name: str) -> _Side:
     run = read_run(folder)
-    if run["kind"] not in ("measure", "probe"):
-        raise InputError(f"{folder} was written by {run['kind']!r}; give folders of difficulty measure or probe")
-    config, probed = run["config"], run["kind"] == "probe"
+    if run.get("kind") not in ("measure", "probe"):
+        raise InputError(f"{folder} was written by {run.get('kind')!r}; give folders of difficulty measure or probe")
+    config, probed = check_config(run, folder), run["kind"] == "probe"
     process = read_process(folder, config["process_fingerprint"])
     tasks = make_tasks(process, config["tasks"], config["grid"])
-    measures = [] if probed else config["measures"]
-    losses = read_table(folder / "losses.csv") if "convergence" in measures else None
-    probe = read_table(folder / "probe.csv", ["heldout_loss", "floor", "floor_kind"]) if probed else None
-    entropy = read_table(folder / "relative_entropy.csv") if "relative-entropy" in measures else None
+    tables = {} if probed else read_tables(folder, config)
+    losses, entropy = tables.get("losses"), tables.get("relative_entropy")
+    probe = read_table(folder / "probe.csv", PROBE_COLUMNS, {"task": range(len(tasks))}) if probed else None
     judged = probe if losses is None else losses
     exact = judged is None or (judged["floor_kind"] == "exact").all()
     floor = None if exact else read_floor(folder, len(tasks))

@@ -24,7 +24,9 @@ variance is shrunk towards its median over the tasks, because a handful of seeds
 """
 
 __all__ = [
+    "CONVERGENCE_COLUMNS",
     "DEFINITIONS",
+    "LOSS_COLUMNS",
     "LearningCurves",
     "best_known",
     "convergence_table",
@@ -54,10 +56,15 @@ PRIOR_DEGREES = 4.0
 PAPER_FALL = 0.9
 # An expert that removed less than this share of the zero network's excess over the floor is stuck.
 STUCK_SHARE = 0.02
-LOSS_COLUMNS = [
-    "task", "seed", "iteration", "samples", "heldout_loss", "floor", "floor_kind", "zero_loss", "excess_nats",
-    "excess_se",
-]  # fmt: skip
+LOSS_COLUMNS: Mapping[str, type] = {
+    "task": int, "seed": int, "iteration": int, "samples": int, "heldout_loss": float, "floor": float,
+    "floor_kind": str, "zero_loss": float, "excess_nats": float, "excess_se": float,
+}  # fmt: skip
+CONVERGENCE_COLUMNS: Mapping[str, type] = {
+    "task": int, "definition": str, "value": float, "ci_low": float, "ci_high": float, "scale": str, "censored": bool,
+    "unit": str,
+}  # fmt: skip
+ZERO_EXCESS = "zero_excess_nats"  # only in the losses.csv of an exact law, and only since it is taken without noise
 
 
 def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.DataFrame:
@@ -70,7 +77,8 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
 
     Returns:
         Columns ``LOSS_COLUMNS``; losses are summed over dimensions, excess_nats is (loss - floor)/2 with the standard
-        error over draws, floor_kind is exact or upper_bound, zero_loss is that of the network that outputs zero.
+        error over draws, floor_kind is exact or upper_bound, zero_loss is that of the network that outputs zero. For an
+        exact law one more, ``ZERO_EXCESS``: the excess of that network, as free of the floor's noise as the experts'.
     """
     floor = curves.floor.mean(1)
     if curves.excess is not None:
@@ -80,9 +88,11 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
         floor = best.mean(1)
         excess_draws = 0.5 * (curves.losses.astype(np.float64) - best[:, None])
     S, K, C, M = curves.losses.shape
+    with np.errstate(invalid="ignore", over="ignore"):  # an expert that diverged
+        excess_se = excess_draws.std(-1, ddof=1) / np.sqrt(M)
     s, k, c = (a.ravel() for a in np.meshgrid(np.arange(S), np.arange(K), np.arange(C), indexing="ij"))
     iterations = np.asarray(curves.iterations)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "task": k,
             "seed": np.asarray(seeds)[s],
@@ -93,10 +103,13 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
             "floor_kind": "exact" if curves.floor_is_exact else "upper_bound",
             "zero_loss": curves.zero.mean(1, dtype=np.float64)[k],
             "excess_nats": excess_draws.mean(-1).ravel(),
-            "excess_se": (excess_draws.std(-1, ddof=1) / np.sqrt(M)).ravel(),
+            "excess_se": excess_se.ravel(),
         },
-        columns=LOSS_COLUMNS,
+        columns=list(LOSS_COLUMNS),
     )
+    if curves.zero_excess is not None:
+        table[ZERO_EXCESS] = 0.5 * curves.zero_excess.mean(1, dtype=np.float64)[k]
+    return table
 
 
 def best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
@@ -130,8 +143,9 @@ class LearningCurves:
         def column(name: str) -> Array:
             return table[name].to_numpy(dtype=np.float64).reshape(shape)
 
-        first = table.groupby("task")[["zero_loss", "floor"]].first()
-        zero_excess = 0.5 * (first["zero_loss"] - first["floor"]).to_numpy(dtype=np.float64)
+        first = table.groupby("task").first()
+        zero = first[ZERO_EXCESS] if ZERO_EXCESS in first else 0.5 * (first["zero_loss"] - first["floor"])
+        zero_excess = zero.to_numpy(dtype=np.float64)
         iterations = np.unique(table["iteration"]).astype(np.float64)
         return cls(iterations, column("heldout_loss"), column("excess_nats"), column("excess_se"), zero_excess)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from difficulty.errors import InputError
+from difficulty.files import first_line
 from difficulty.prediction import EDM_SIGMA_DATA
 from difficulty.process import Array, Process
 from difficulty.records import read_json
@@ -129,7 +130,7 @@ def diffusers_network(path: Path) -> DiffusersNetwork:
     except InputError:
         raise
     except Exception as error:  # diffusers raises many kinds for settings that do not go together
-        raise InputError(f"{path} makes no {kind.__name__} ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path} makes no {kind.__name__} ({first_line(error)})") from None
 
 
 def load_component(folder: Path, config: str) -> Any:
@@ -143,7 +144,7 @@ def load_component(folder: Path, config: str) -> Any:
     try:
         return loader.from_pretrained(folder, **options)
     except Exception as error:  # diffusers raises many kinds for missing or truncated weights
-        raise InputError(f"cannot load {loader.__name__} from {folder} ({str(error).splitlines()[0]})") from None
+        raise InputError(f"cannot load {loader.__name__} from {folder} ({first_line(error)})") from None
 
 
 def _class_named_in(content: Any, source: Path) -> Any:
@@ -153,8 +154,8 @@ def _class_named_in(content: Any, source: Path) -> Any:
         raise InputError(f"{source} needs diffusers; install denoising-difficulty[diffusers]") from None
     name = content.get("_class_name") if isinstance(content, dict) else None
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if kind is None:
-        raise InputError(f"{source} names {name!r}, which diffusers {diffusers.__version__} does not have")
+    if not hasattr(kind, "from_pretrained"):
+        raise InputError(f"{source} names {name!r}, no model or scheduler of diffusers {diffusers.__version__}")
     return kind
 
 

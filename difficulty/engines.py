@@ -14,6 +14,7 @@ third of their speed under vmap. ``choose_engine`` follows this, within the memo
 
 __all__ = ["ENGINES", "Bank", "Block", "EngineChoice", "choose_engine"]
 
+import functools
 import importlib.util
 import math
 import os
@@ -28,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
-from difficulty.folding import fold, unfoldable
+from difficulty.folding import fold, shaken, unfoldable
+from difficulty.randomness import seeded_torch
 
 # (parameters (E, ...) by name, x_t (E, B, *), t (E, B)) -> predictions (E, B, *)
 Program = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
@@ -79,7 +81,8 @@ class Block:
     """E denoisers of one architecture with parameters of their own, run as one program.
 
     Args:
-        denoisers: of one architecture, on one device; their values are copied.
+        denoisers: of one architecture, with the same buffers, on one device; their values are copied. Parameters that
+            require no gradient get one of zero.
         engine: a name in ``ENGINES``; ``loop`` takes one denoiser.
         program: of that engine for as many denoisers of the same architecture; made if not given.
     """
@@ -89,6 +92,10 @@ class Block:
         self.program = program or ENGINES[engine](self.template, len(denoisers))
         stacked, _ = stack_module_state(list(denoisers))
         self.parameters = {name: value.detach().requires_grad_() for name, value in stacked.items()}
+        for name, value in self.template.named_parameters():
+            if not value.requires_grad:
+                # No gradient at all would leave a hole in the optimizer's state.
+                self.parameters[name].register_hook(torch.zeros_like)
         self.count = len(denoisers)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -193,13 +200,15 @@ def choose_engine(
             worth starting them, which a GPU's never is.
 
     Raises:
-        InputError: if the engine does not fit the network, there is no compiler, or not even one expert fits in memory.
+        InputError: if the engine does not fit the network, its output is random or depends on other rows of the batch,
+            there is no compiler, or not even one expert fits in memory.
     """
     device = denoiser.alpha.device
     on_cpu = device.type == "cpu"
     if compiled:
         _check_compiler(on_cpu)
     x, t = torch.zeros(4, *shape, device=device), torch.ones(4, dtype=torch.long, device=device)
+    _check_rows(denoiser, x, t)
     forward, largest = (batch * value // len(x) for value in _forward_bytes(denoiser, x, t))
     widest = max(1, CACHE_BYTES // max(largest, 1)) if on_cpu else experts
     if engine == "auto":
@@ -216,8 +225,8 @@ def choose_engine(
         seconds = 3 * counter.get_total_flops() / len(x) * batch * experts * iterations / FLOPS_PER_SECOND
         worthwhile = on_cpu and seconds > WORTH_A_PROCESS_SECONDS
         processes = min(torch.get_num_threads(), experts) if worthwhile else 1
-    if processes < 1:
-        raise InputError(f"the number of processes must be at least 1, got {processes}")
+    if not 1 <= processes <= experts:
+        raise InputError(f"{experts} experts can be shared by 1 to {experts} processes, got {processes}")
 
     own = math.ceil(experts / processes)
     free = int(MEMORY_SHARE * free_bytes(device) / (processes if on_cpu else 1))
@@ -247,7 +256,33 @@ def _fitting(denoiser: Denoiser, x: Tensor, t: Tensor, widest: int, on_cpu: bool
 
 
 def _obstacle(denoiser: Denoiser, x: Tensor, t: Tensor) -> str | None:
-    return unfoldable(denoiser, torch.linspace(-1, 1, x.numel(), device=x.device).reshape(x.shape), t)
+    return unfoldable(denoiser, _unlike_rows(x), t)
+
+
+def _unlike_rows(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, x.numel(), device=x.device).reshape(x.shape)
+
+
+def _check_rows(denoiser: Denoiser, x: Tensor, t: Tensor) -> None:
+    """Raise InputError if the output for a row is random or depends on the other rows, as with dropout and batch norm.
+
+    Experts of a task would then differ from those of another by more than their timesteps, and their held-out losses
+    would depend on how many draws are judged at a time.
+    """
+    weights = {name: value[0] for name, value in shaken(denoiser, 1).items()}
+    rows = _unlike_rows(x)
+    with torch.no_grad(), seeded_torch(0):
+        together, again = (functional_call(denoiser, weights, (rows, t)) for _ in range(2))
+        halves = torch.cat(
+            [functional_call(denoiser, weights, pair) for pair in zip(rows.chunk(2), t.chunk(2), strict=True)]
+        )
+    if not together.isfinite().all():
+        return  # nothing to compare; its experts will be censored
+    near = functools.partial(torch.allclose, together, rtol=1e-3, atol=1e-4 * float(together.abs().max()))
+    if not near(again):
+        raise InputError("the network's output is random in training; experts need one without dropout")
+    if not near(halves):
+        raise InputError("the network's output for a sample depends on the rest of its batch; use no batch norm")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -49,12 +49,13 @@ EVALUATION_DRAWS = 64
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Of one expert: losses and excess (C, M), and of its task: floor and zero (M,)."""
+    """Of one expert: losses and excess (C, M), and of its task: floor, and loss and excess of the zero network (M,)."""
 
     losses: npt.NDArray[np.float32]
     excess: npt.NDArray[np.float32] | None
     floor: npt.NDArray[np.float64]
     zero: npt.NDArray[np.float32]
+    zero_excess: npt.NDArray[np.float32] | None
 
 
 class Crew:
@@ -131,7 +132,7 @@ class Crew:
             held = [self.tasks[k] for k in self.held]
             self.draws = heldout_draws(self.dataset, held, plan.heldout_draws)
             self.floor, self.posterior = floor_losses(self.dataset, self.process, self.draws)
-            self.zero = zero_losses(self.bank.template, self.draws)
+            self.zero, self.zero_excess = zero_losses(self.bank.template, self.draws, self.posterior)
         bounds = [(plan.seeds[s], self.tasks[k].first, self.tasks[k].last) for s, k in everybody]
         facts = [self.dataset.fingerprint, self.process.fingerprint, bounds, asdict(plan)]
         state = ExpertState(path, facts, self.bank, self.optimizer, ranks, (len(self.members), plan.heldout_draws))
@@ -160,7 +161,8 @@ class Crew:
             row = self.held.index(k)
             losses = np.stack([values[index] for values in self.losses])
             excess = np.stack([values[index] for values in self.excess]) if self.excess else None
-            found.append(((s, k), Found(losses, excess, self.floor[row], self.zero[row])))
+            zero_excess = None if self.zero_excess is None else self.zero_excess[row]
+            found.append(((s, k), Found(losses, excess, self.floor[row], self.zero[row], zero_excess)))
         return found
 
     def step(self, counter: int, step: int) -> None:

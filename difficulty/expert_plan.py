@@ -25,7 +25,7 @@ class ExpertPlan:
         budget: iterations at which difficulty is read off, >= 20. Training goes on to twice that, for the floor.
         batch: samples per expert and iteration.
         learning_rate: of AdamW, constant, no weight decay.
-        heldout_draws: fixed draws (x0, eps, t) per task.
+        heldout_draws: fixed draws (x0, eps, t) per task, at least 2.
         engine: a name in ``difficulty.engines.ENGINES``, or auto.
         compile: whether the experts' program goes through torch.compile.
         start: a name in ``STARTS``. A network on all t is trained for the budget first and not counted.
@@ -50,6 +50,8 @@ class ExpertPlan:
         for name in ("batch", "heldout_draws", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.heldout_draws < 2:
+            raise InputError(f"heldout_draws must be at least 2 for a standard error, got {self.heldout_draws}")
         if self.engine != "auto":
             choose("engine", self.engine, ENGINES)
         choose("start", self.start, dict.fromkeys(STARTS))

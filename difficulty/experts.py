@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -65,6 +66,7 @@ class ExpertCurves:
         zero: the same losses of the network that outputs zero, (K, M).
         floor_is_exact: whether that is the posterior mean of an exact law.
         engine: how the experts were trained; None for curves from elsewhere.
+        zero_excess: the excess per draw of the network that outputs zero, (K, M); None without an exact law.
     """
 
     iterations: list[int]
@@ -74,6 +76,7 @@ class ExpertCurves:
     zero: npt.NDArray[np.float32]
     floor_is_exact: bool
     engine: EngineChoice | None = None
+    zero_excess: npt.NDArray[np.float32] | None = None
 
 
 def train_experts(
@@ -153,6 +156,7 @@ def choose_expert_engine(
             "samples of experts are judged in one process, which must hold them; leave out torchrun and --workers"
         )
     choice = _choose(dataset, process, plan, len(tasks) * len(plan.seeds), 1 if watched else processes)
+    _check_buffers(dataset, process, plan)
     if watched and choice.at_once < len(plan.seeds):
         raise InputError("experts of all seeds must fit in memory together to be judged by samples; use fewer seeds")
     return choice
@@ -173,6 +177,17 @@ def train_shared(dataset: Dataset, process: Process, plan: ExpertPlan, iteration
         crew.step(WARM_STREAM, step)
     assert crew.bank is not None
     return crew.bank
+
+
+def _check_buffers(dataset: Dataset, process: Process, plan: ExpertPlan) -> None:
+    """Raise InputError if seeds differ in buffers: those of a block's first expert serve the whole block."""
+    first, *others = (dict(build_expert(dataset, process, plan, seed).named_buffers()) for seed in plan.seeds)
+    for name, value in first.items():
+        if any(not torch.equal(value, other[name]) for other in others):
+            raise InputError(
+                f"buffer {name!r} of network {plan.network!r} differs between seeds; make it a parameter that requires "
+                "no gradient"
+            )
 
 
 def _choose(
@@ -273,6 +288,7 @@ class _Training:
             np.stack([one.zero for one in first]),
             exact,
             self.choice,
+            np.stack([one.zero_excess for one in first]) if exact else None,  # type: ignore[misc]
         )
 
 

@@ -1,6 +1,6 @@
 """The user's files as arrays: array files, and folders of images with labels and captions."""
 
-__all__ = ["ARRAY_SUFFIXES", "read_array_file", "read_image_folder"]
+__all__ = ["ARRAY_SUFFIXES", "first_line", "read_array_file", "read_image_folder"]
 
 import json
 from collections.abc import Mapping
@@ -19,6 +19,11 @@ ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 Samples = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def read_array_file(path: Path) -> Samples:
     """Samples of an array file, first axis n, and their labels (n,) if it holds any.
 
@@ -34,8 +39,9 @@ def read_array_file(path: Path) -> Samples:
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a truncated or foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read {path} ({reason}); it may be truncated or of another format") from None
+        raise InputError(
+            f"cannot read {path} ({first_line(error)}); it may be truncated or of another format"
+        ) from None
     if labels is not None and (labels.shape != samples.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(f"{path}: labels must be whole numbers, one per sample, got {labels.dtype} {labels.shape}")
     return samples, labels
@@ -78,6 +84,7 @@ def _read_safetensors(path: Path) -> Samples:
 
 
 def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = tensor.detach()
     # numpy has no bfloat16
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -99,7 +106,10 @@ def read_image_folder(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[
     for file in files:
         try:
             with Image.open(file) as image:
-                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB"))
+                if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                    pixels = np.asarray(image, dtype=np.float32) / 257
+                else:
+                    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
         except (UnidentifiedImageError, OSError) as error:
             raise InputError(f"{file} cannot be read as an image ({error}); mend or remove it") from None
         first = first or (file, pixels.shape)

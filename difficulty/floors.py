@@ -31,8 +31,10 @@ def read_floor(folder: Path, tasks: int) -> Array:
         InputError: if there is none or it is of another number of tasks.
     """
     best = read_array(folder / FLOOR_FILE)
-    if best.ndim != 2 or len(best) != tasks:
-        raise InputError(f"{folder / FLOOR_FILE} has shape {best.shape}, but the folder has {tasks} tasks")
+    if best.ndim != 2 or len(best) != tasks or best.dtype.kind != "f":
+        raise InputError(
+            f"{folder / FLOOR_FILE} holds {best.dtype} of shape {best.shape}, but the folder has {tasks} tasks"
+        )
     return best.astype(np.float64)
 
 

@@ -8,7 +8,7 @@ Only layers in ``FOLDED`` are known, and a network must treat rows independently
 folded, by its layers and by comparing numbers.
 """
 
-__all__ = ["FOLDED", "fold", "unfoldable"]
+__all__ = ["FOLDED", "fold", "shaken", "unfoldable"]
 
 import copy
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from difficulty.files import first_line
 from difficulty.networks import LearnedPositions, NoiseEmbedding
 from difficulty.randomness import torch_generator
 
@@ -119,23 +120,29 @@ def unfoldable(network: nn.Module, *inputs: Tensor) -> str | None:
     for name, module in network.named_modules():
         if type(module) not in FOLDED and next(module.parameters(recurse=False), None) is not None:
             return f"it has weights in a {type(module).__name__} ({name or 'the network itself'})"
-    # The starting weights are often zero in the last layer, where any two networks agree.
-    generator = torch_generator(0)
-    weights = {
-        name: 0.1 * torch.randn(2, *value.shape, generator=generator).to(value.device) + value.detach()
-        for name, value in network.named_parameters()
-    }
+    weights = shaken(network, 2)
     halves = [value.chunk(2) for value in inputs]
     with torch.no_grad():
         try:
             together = functional_call(fold(network, 2), weights, inputs)
         except RuntimeError as error:
-            return f"it fails on a folded batch ({str(error).splitlines()[0]})"
+            return f"it fails on a folded batch ({first_line(error)})"
         own = [{name: value[k] for name, value in weights.items()} for k in range(2)]
         alone = torch.cat([functional_call(network, own[k], tuple(half[k] for half in halves)) for k in range(2)])
+    if not alone.isfinite().all():
+        return "its outputs are not finite, so that its rows cannot be checked"
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max())):
         return "its rows depend on one another"
     return None
+
+
+def shaken(network: nn.Module, count: int) -> dict[str, Tensor]:
+    """Weights (count, ...) about those of a network: its own are often zero in the last layer, where all agree."""
+    generator = torch_generator(0)
+    return {
+        name: 0.1 * torch.randn(count, *value.shape, generator=generator).to(value.device) + value.detach()
+        for name, value in network.named_parameters()
+    }
 
 
 def _fold(module: nn.Module, experts: int, done: dict[nn.Module, nn.Module]) -> nn.Module:

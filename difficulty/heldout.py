@@ -52,16 +52,25 @@ def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOu
     return HeldOutDraws(torch.stack(clean), torch.stack(noise), torch.stack(times))
 
 
-def zero_losses(template: Denoiser, draws: HeldOutDraws) -> npt.NDArray[np.float32]:
-    """Losses (K, M) of the network that outputs zero: what an expert knows before it learns anything."""
+def zero_losses(
+    template: Denoiser, draws: HeldOutDraws, posterior: Tensor | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """Losses (K, M) of the network that outputs zero: what an expert knows before it learns anything.
+
+    Beside them, where E[eps | x_t] (K, M, *) is known, its squared distance to that, as for the experts.
+    """
     device = template.alpha.device
     silent = Denoiser(_Zero(), template.process, template.prediction, template.data_std).to(device)
+    losses, excess = [], []
     with torch.no_grad():
-        rows = [
-            silent.eps_losses(x0.to(device), eps.to(device), t.to(device))
-            for x0, eps, t in zip(draws.x0, draws.eps, draws.t, strict=True)
-        ]
-    return torch.stack(rows).cpu().numpy()
+        for k in range(len(draws.t)):
+            x0, eps, t = (values[k].to(device) for values in (draws.x0, draws.eps, draws.t))
+            losses.append(silent.eps_losses(x0, eps, t))
+            if posterior is not None:
+                alpha, sigma = silent.scales(t, x0)
+                distance = silent.eps(alpha * x0 + sigma * eps, t) - posterior[k].to(device)
+                excess.append(distance.square().flatten(1).sum(1))
+    return torch.stack(losses).cpu().numpy(), torch.stack(excess).cpu().numpy() if excess else None
 
 
 class _Zero(torch.nn.Module):

@@ -6,22 +6,30 @@ from these files; where the floor is the best known loss, floor.npy holds it per
 can be compared with it draw by draw. ``rank_folder`` makes ranking.json again from the tables.
 """
 
-__all__ = ["MEASURES", "Measurement", "measure", "rank_folder"]
+__all__ = ["MEASURES", "Measurement", "check_config", "measure", "rank_folder", "read_tables"]
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difficulty.convergence import best_known, convergence_table, loss_table
+from difficulty.convergence import (
+    CONVERGENCE_COLUMNS,
+    DEFINITIONS,
+    LOSS_COLUMNS,
+    best_known,
+    convergence_table,
+    loss_table,
+)
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
-from difficulty.expert_plan import ExpertPlan
-from difficulty.expert_samples import SampleQuality, quality_estimates
+from difficulty.expert_plan import LEAST_BUDGET, ExpertPlan
+from difficulty.expert_samples import QUALITY_COLUMNS, SampleQuality, quality_estimates
 from difficulty.experts import ExpertCurves, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
 from difficulty.process import Process, get_process
@@ -29,11 +37,9 @@ from difficulty.process_file import read_process, write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
 from difficulty.ranks import launched_ranks
 from difficulty.records import (
-    as_json,
     check_columns,
     fingerprint_array,
     finish_run,
-    read_json,
     read_run,
     read_table,
     start_run,
@@ -41,7 +47,7 @@ from difficulty.records import (
     write_table,
 )
 from difficulty.relative_entropy import ESTIMATORS, kl
-from difficulty.stability import stability_sentences, stability_table
+from difficulty.stability import STABILITY_COLUMNS, stability_sentences, stability_table, variants_of
 from difficulty.tasks import Task, make_tasks
 
 SAMPLE_QUALITY = "sample-quality"
@@ -54,6 +60,11 @@ ENTROPY_MEASURES: Mapping[str, tuple[str, str, str]] = {
     "relative_entropy": ("kl", "nats per step", "mean KL(p_{t-1} || p_t) over the task; depends on the schedule"),
     "relative_entropy_per_dlogsnr2": ("per_dlogsnr2", "nats per (d log-SNR)^2", "the same, free of the step length"),
 }
+
+
+ENTROPY_COLUMNS: Mapping[str, type] = {
+    "t": int, "log_snr": float, "kl": float, "ci_low": float, "ci_high": float, "per_dlogsnr2": float, "valid": bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,13 +180,6 @@ class _Request:
 
 
 def _open_folder(out: Path, config: dict[str, Any], process: Process) -> dict[str, Any]:
-    """Start the run, unless that would strand the experts of an interrupted one with other settings."""
-    stem = PARTIAL_EXPERTS.split(".")[0]
-    if any(out.glob(f"{stem}.*")) and read_json(out / "run.json").get("config") != as_json(config):
-        raise InputError(
-            f"{out} holds an interrupted measurement with other settings; give the same command to go on with it, "
-            "choose another --out, or delete it"
-        )
     run = start_run(out, "measure", config)
     write_process(out, process)
     return run
@@ -235,26 +239,107 @@ MEASURES: Mapping[str, Callable[[_Request], dict[str, Any]]] = {
 }
 
 
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Digest(_Facts):
+    sha256: str
+
+
+class _ProcessFacts(_Digest):
+    T: int
+
+
+class _DataFacts(_Facts):
+    train: _Digest
+    heldout: _Digest
+
+
+class _ProbeFacts(_Facts):
+    """What reading a folder of ``difficulty probe`` again needs of its config."""
+
+    tasks: int
+    grid: str
+    process_fingerprint: _ProcessFacts
+    dataset_fingerprint: _DataFacts
+
+
+class _PlanFacts(_Facts):
+    budget: int = Field(ge=LEAST_BUDGET)
+    seeds: list[int] = Field(min_length=1)
+
+
+class _MeasureFacts(_ProbeFacts):
+    """The same of ``difficulty measure``."""
+
+    measures: list[Literal["convergence", "sample-quality", "relative-entropy"]] = Field(min_length=1)
+    plan: _PlanFacts
+    estimator: str
+
+
+def check_config(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config in a run.json of ``difficulty measure`` or ``difficulty probe``.
+
+    Raises:
+        InputError: if a fact is missing or of another type.
+    """
+    facts: type[_ProbeFacts] = _MeasureFacts if run.get("kind") == "measure" else _ProbeFacts
+    try:
+        facts.model_validate(run.get("config"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("config", *first["loc"]))
+        raise InputError(f"{folder / 'run.json'} cannot be used, was it edited? {where}: {first['msg']}") from None
+    return run["config"]
+
+
+def read_tables(folder: Path, config: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """The tables of a measurement by name, without ".csv".
+
+    Args:
+        folder: of the measurement.
+        config: of its run.json.
+
+    Raises:
+        InputError: if one is missing, malformed or incomplete.
+    """
+    measures, tasks, seeds = config["measures"], range(config["tasks"]), config["plan"]["seeds"]
+    wanted: dict[str, tuple[Mapping[str, type], Mapping[str, Iterable[Any] | None]]] = {}
+    if "convergence" in measures:
+        wanted["losses"] = LOSS_COLUMNS, {"task": tasks, "seed": seeds, "iteration": None}
+        wanted["convergence"] = CONVERGENCE_COLUMNS, {"task": tasks, "definition": DEFINITIONS}
+        stability = {"definition": DEFINITIONS, "variant": variants_of(seeds), "task": tasks}
+        wanted["stability"] = STABILITY_COLUMNS, stability
+    if SAMPLE_QUALITY in measures:
+        kinds = {name: str if name == "metric" else float for name in QUALITY_COLUMNS}
+        wanted["sample_quality"] = kinds, {"task": tasks, "seed": seeds, "iteration": None, "metric": None}
+    if "relative-entropy" in measures:
+        # The pair (0, 1) is never measured.
+        wanted["relative_entropy"] = ENTROPY_COLUMNS, {"t": range(2, config["process_fingerprint"]["T"] + 1)}
+    return {name: read_table(folder / f"{name}.csv", *asked) for name, asked in wanted.items()}
+
+
 def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
-    config = run["config"]
+    config = check_config(run, folder)
     process = read_process(folder, config["process_fingerprint"])
     tasks = make_tasks(process, config["tasks"], config["grid"])
+    tables = read_tables(folder, config)
     estimates: dict[str, Estimate] = {}
     sources: dict[str, str] = {}
     notes = []
     if "convergence" in config["measures"]:
-        table = read_table(folder / "convergence.csv")
+        table = tables["convergence"]
         estimates |= convergence_estimates(table, len(tasks))
         sources["convergence.csv"] = _digest(folder / "convergence.csv")
+        notes += _failures(table, tasks)
         if len(config["plan"]["seeds"]) == 1:
             notes.append("Only one seed was trained: the intervals do not include the randomness of training.")
     if SAMPLE_QUALITY in config["measures"]:
-        table = read_table(folder / "sample_quality.csv")
-        estimates |= quality_estimates(table, config["plan"]["budget"], len(tasks))
+        estimates |= quality_estimates(tables["sample_quality"], config["plan"]["budget"], len(tasks))
         sources["sample_quality.csv"] = _digest(folder / "sample_quality.csv")
     if "relative-entropy" in config["measures"]:
-        table = read_table(folder / "relative_entropy.csv")
-        estimates |= relative_entropy_estimates(table, tasks)
+        estimates |= relative_entropy_estimates(tables["relative_entropy"], tasks)
         sources["relative_entropy.csv"] = _digest(folder / "relative_entropy.csv")
     ranking = rank_tasks(
         estimates,
@@ -267,10 +352,26 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
     )
     verdict = list(ranking.verdict)
     if "convergence" in config["measures"]:
-        verdict += stability_sentences(read_table(folder / "stability.csv"), ranking.measures)
+        verdict += stability_sentences(tables["stability"], ranking.measures)
     ranking = ranking.model_copy(update={"process": config["process_fingerprint"], "verdict": verdict})
     ranking.save(folder / "ranking.json")
     return ranking
+
+
+def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> list[str]:
+    """A sentence that names the tasks whose experts diverged, and one for those whose experts are stuck."""
+    missing = {
+        name: set(table[(table["definition"] == name) & table["value"].isna()]["task"])
+        for name in ("excess_nats", "paper_style")
+    }
+    # Of a stuck expert the excess is known; paper_style has no value for it, nor for a diverged one.
+    diverged, stuck = missing["excess_nats"], missing["paper_style"] - missing["excess_nats"]
+    found = []
+    for failed, what in ((diverged, "diverged"), (stuck, "are no better than a network that outputs zero (stuck)")):
+        if failed:
+            spans = ", ".join(f"{tasks[k].first}..{tasks[k].last}" for k in sorted(failed))
+            found.append(f"Experts of t {spans} {what}.")
+    return found
 
 
 def convergence_estimates(table: pd.DataFrame, tasks: int) -> dict[str, Estimate]:
@@ -279,8 +380,7 @@ def convergence_estimates(table: pd.DataFrame, tasks: int) -> dict[str, Estimate
     Raises:
         InputError: if a column is missing or a definition does not have one row per task.
     """
-    columns = ["task", "definition", "value", "ci_low", "ci_high", "scale", "censored", "unit"]
-    check_columns(table, columns, "convergence.csv")
+    check_columns(table, CONVERGENCE_COLUMNS, "convergence.csv")
     estimates = {}
     for name, part in table.groupby("definition", sort=False):
         part = part.sort_values("task")
@@ -304,8 +404,7 @@ def relative_entropy_estimates(table: pd.DataFrame, tasks: Sequence[Task]) -> di
     The errors of neighbouring pairs come from the same fit and are taken as fully correlated: the interval of the mean
     is the mean of the intervals, which is the widest it can be.
     """
-    check_columns(table, ["t", "kl", "ci_low", "ci_high", "valid", "per_dlogsnr2"], "relative_entropy.csv")
-    table = table[table["valid"].astype(bool)]
+    table = table[table["valid"]]
     # d log-SNR squared of a pair, to carry the interval of kl over to kl per (d log-SNR)^2.
     step = table["kl"] / table["per_dlogsnr2"]
     estimates = {}

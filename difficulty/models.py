@@ -20,6 +20,7 @@ from torch import Tensor
 from difficulty.denoiser import Denoiser
 from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component
 from difficulty.errors import InputError
+from difficulty.files import first_line
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import EDM_SIGMA_DATA, to_eps
 from difficulty.process import Process, from_arrays
@@ -27,7 +28,8 @@ from difficulty.records import write_bytes
 from difficulty.schedulers import ScheduledProcess, process_from_scheduler
 
 DENOISER_FILE = "denoiser.safetensors"
-DENOISER_FORMAT = "denoising-difficulty/denoiser/1"
+DENOISER_FORMAT = "denoising-difficulty/denoiser/2"
+EARLIER_FORMAT = "denoising-difficulty/denoiser/1"  # the same facts, in a metadata entry beside the format
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ def save_denoiser(denoiser: Denoiser, path: Path, network: str, shape: tuple[int
         shape: of one sample.
     """
     facts = {
+        "format": DENOISER_FORMAT,
         "network": network,
         "shape": list(shape),
         "prediction": denoiser.prediction,
@@ -65,7 +68,8 @@ def save_denoiser(denoiser: Denoiser, path: Path, network: str, shape: tuple[int
     weights = denoiser.network.state_dict()
     tensors = {f"network/{key}": value.detach().cpu().contiguous() for key, value in weights.items()}
     tensors["alpha"], tensors["sigma"] = (torch.from_numpy(a) for a in (denoiser.process.alpha, denoiser.process.sigma))
-    write_bytes(path, save(tensors, {"format": DENOISER_FORMAT, "facts": json.dumps(facts)}))
+    # One entry: safetensors writes several in an order that changes from run to run.
+    write_bytes(path, save(tensors, {"facts": json.dumps(facts)}))
 
 
 def load_denoiser(path: Path) -> Denoiser:
@@ -82,15 +86,18 @@ def load_denoiser(path: Path) -> Denoiser:
         raise InputError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not readable ({error}); it may be truncated") from None
-    if metadata.get("format") != DENOISER_FORMAT:
-        raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads {DENOISER_FORMAT!r}")
-    facts = json.loads(metadata["facts"])
+    try:
+        facts = {"format": metadata.get("format"), **json.loads(metadata.get("facts", "{}"))}
+    except (ValueError, TypeError):
+        facts = {"format": None}
+    if facts["format"] not in (DENOISER_FORMAT, EARLIER_FORMAT):
+        raise InputError(f"{path} has format {facts['format']!r}; this version reads {DENOISER_FORMAT!r}")
     process = from_arrays(tensors.pop("alpha").numpy(), tensors.pop("sigma").numpy(), facts["process"])
     network = build_network(facts["network"], tuple(facts["shape"]), 0)
     try:
         network.load_state_dict({key.removeprefix("network/"): value for key, value in tensors.items()})
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit network {facts['network']!r} ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path} does not fit network {facts['network']!r} ({first_line(error)})") from None
     return Denoiser(network, process, facts["prediction"], facts["data_std"], baseline=facts["baseline"]).eval()
 
 
@@ -114,7 +121,7 @@ def load_model(spec: str | Path) -> TrainedModel:
     if path.is_file():
         denoiser = load_denoiser(path)
         return TrainedModel(text, denoiser.process, denoiser.eps)
-    if path.is_dir() and ((path / "model_index.json").exists() or (path / "config.json").exists()):
+    if any((path / name / "config.json").exists() for name in (".", *BACKBONES)):
         return _from_diffusers(path)
     raise InputError(
         f"{text} is no model: give a {DENOISER_FILE}, a finished run's folder, a diffusers folder, or FILE.py:FUNCTION"

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from difficulty.diffusers_network import DiffusersNetwork, diffusers_network
 from difficulty.errors import InputError, choose
+from difficulty.files import first_line
 from difficulty.randomness import seeded_torch
 from difficulty.specs import build
 
@@ -98,10 +99,14 @@ class MLP(nn.Module):
         shape: shape of one sample.
         width: hidden units per layer.
         depth: hidden layers.
+
+    Raises:
+        InputError: if an option is below 1.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int = 128, depth: int = 3) -> None:
         super().__init__()
+        _check_sizes("mlp", width=width, depth=depth)
         dim = math.prod(shape)
         self.embedding = NoiseEmbedding(width)
         self.first = nn.Linear(dim, width)
@@ -144,11 +149,12 @@ class UNet(nn.Module):
         levels: resolutions; height and width must be divisible by 2^(levels - 1).
 
     Raises:
-        InputError: if the samples are not images of a divisible size.
+        InputError: if an option is below 1, or the samples are not images of a divisible size.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int = 32, levels: int = 2) -> None:
         super().__init__()
+        _check_sizes("unet", width=width, levels=levels)
         channels, height, image_width = _image_shape("unet", shape)
         if height % 2 ** (levels - 1) or image_width % 2 ** (levels - 1):
             raise InputError(f"a unet of {levels} levels needs sides divisible by {2 ** (levels - 1)}, got {shape}")
@@ -246,14 +252,14 @@ class DiT(nn.Module):
 
     Args:
         shape: (channels, height, width) of one sample.
-        width: token width, divisible by ``heads``; 0 takes that of ``size``, likewise below.
+        width: token width, divisible by ``heads``; None takes that of ``size``, likewise below.
         depth: blocks.
         heads: attention heads.
         patch: side of a patch; must divide height and width.
         size: a name in ``DIT_SIZES``.
 
     Raises:
-        InputError: if the size is unknown, or the samples are not images of a divisible size.
+        InputError: if the size is unknown, a number is below 1, or the samples are not images of a divisible size.
     """
 
     recompute = False  # whether blocks are computed again in the backward pass, to save memory
@@ -261,15 +267,18 @@ class DiT(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        width: int = 0,
-        depth: int = 0,
-        heads: int = 0,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
         patch: int = 2,
         size: str = "tiny",
     ) -> None:
         super().__init__()
         named = choose("size of a dit", size, DIT_SIZES)
-        width, depth, heads = (own or default for own, default in zip((width, depth, heads), named, strict=True))
+        width, depth, heads = (
+            default if own is None else own for own, default in zip((width, depth, heads), named, strict=True)
+        )
+        _check_sizes("dit", width=width, depth=depth, heads=heads, patch=patch)
         channels, height, image_width = _image_shape("dit", shape)
         if height % patch or image_width % patch:
             raise InputError(f"a dit with patches of {patch} needs sides divisible by it, got {shape}")
@@ -308,6 +317,12 @@ class DiT(nn.Module):
         return F.pixel_shuffle(patches.unflatten(2, (height // self.patch, width // self.patch)), self.patch)
 
 
+def _check_sizes(network: str, **sizes: object) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"network {network!r} needs a whole number of at least 1 for {name}, got {value!r}")
+
+
 def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise InputError(f"network {network!r} needs images (channels, height, width), got samples of shape {shape}")
@@ -340,7 +355,7 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
         if spec.startswith(FROM_DIFFUSERS):
             network = diffusers_network(Path(spec.removeprefix(FROM_DIFFUSERS)))
         elif file.endswith(".py"):
-            network = own_function(Path(file), name)(shape)
+            network = _own_network(spec, own_function(Path(file), name), shape)
         else:
             known = {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()}
             network = build("network", _plain(spec), known)
@@ -349,18 +364,20 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
 
 
 def check_network(network: object, name: str, shape: tuple[int, ...]) -> None:
-    """Raise InputError unless the object is a torch module that maps (2, *shape) and (2,) to (2, *shape)."""
+    """Raise InputError unless the object is a torch module to be trained that maps (2, *shape), (2,) to (2, *shape)."""
     if not isinstance(network, nn.Module):
         raise InputError(f"network {name!r} is a {type(network).__name__}; a torch.nn.Module is needed")
     try:
         with torch.no_grad():
             output = network(torch.zeros(2, *shape), torch.zeros(2))
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the user's own code may raise anything
+        reason = first_line(error)
         raise InputError(f"network {name!r} cannot take x of shape {(2, *shape)} and log_snr (2,) ({reason})") from None
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if found != (2, *shape):
         raise InputError(f"network {name!r} maps x of shape {(2, *shape)} to {found}; it must keep the shape")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise InputError(f"network {name!r} has no parameter that requires a gradient; there is nothing to train")
 
 
 def recompute_blocks(network: nn.Module, name: str) -> None:
@@ -381,7 +398,7 @@ def own_function(path: Path, name: str) -> Callable[..., Any]:
     """The function or class ``name`` of the user's Python file, which is executed.
 
     Raises:
-        InputError: if the file or the name does not exist.
+        InputError: if the file or the name does not exist, or the file does not run.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; name something of your own as FILE.py:NAME")
@@ -389,10 +406,22 @@ def own_function(path: Path, name: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} does not run ({type(error).__name__}: {first_line(error)})") from None
     if not callable(getattr(module, name, None)):
         raise InputError(f"{path} defines no function or class {name!r}")
     return getattr(module, name)
+
+
+def _own_network(spec: str, factory: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+    """What the user's factory makes; `check_network` judges it."""
+    try:
+        return factory(shape)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{spec} makes no network for {shape} ({reason}); it is called with the shape alone") from None
 
 
 def _plain(spec: str) -> str:

@@ -2,7 +2,8 @@
 
 The horizontal axis is log-SNR everywhere, clean data on the left and noise on the right (log-SNR falls to the right),
 with the timestep t on the opposite edge. Colours are Okabe and Ito's, told apart by colour-blind readers; series also
-differ in marker. Every estimate carries its 90 % interval; hollow markers are flagged (censored or not valid).
+differ in marker. Every estimate carries its 90 % interval; hollow markers are flagged (censored or not valid), and one
+on the upper edge is a task that could not be learned and has no value.
 """
 
 __all__ = ["FIGURES", "PALETTE", "add_t_axis", "plot_folder", "quality_panel", "save_figure"]
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from difficulty.measurement import check_config, read_tables
 from difficulty.process import Array
 from difficulty.ranking import MeasureRanking, Ranking
 from difficulty.records import read_run, read_table, write_bytes
@@ -108,8 +110,9 @@ def difficulty_figure(folder: Path) -> "Figure":
 def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker: str) -> None:
     value, low, high = (np.array(v, dtype=np.float64) for v in (measure.value, measure.ci_low, measure.ci_high))
     flagged = np.array(measure.flagged)
-    known = low[np.isfinite(low)]
-    if len(known) and known.min() > 0:
+    shown = np.isfinite(value)
+    # Intervals that reach below 0 need a linear axis, and so do logarithms.
+    if shown.any() and (value[shown] > 0).all() and (low[shown] > 0).all() and not measure.unit.startswith("log "):
         axes.set_yscale("log")
     axes.plot(x, value, color=colour, linewidth=1, alpha=0.5)
     errors = np.abs(np.stack([value - low, high - value]))
@@ -117,6 +120,12 @@ def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker
         axes.errorbar(
             x[rows], value[rows], yerr=errors[:, rows], fmt=marker, color=colour, markerfacecolor=face,
             markersize=5, capsize=2, linewidth=1,
+        )  # fmt: skip
+    unlearned = x[~shown & np.isfinite(np.array(measure.rank, dtype=np.float64))]
+    if len(unlearned):  # an empty line that is not clipped would leave the layout no room
+        axes.plot(
+            unlearned, np.ones(len(unlearned)), marker, color=colour, markerfacecolor="white", markersize=5,
+            transform=axes.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
 
 
@@ -135,10 +144,14 @@ def rank_figure(folder: Path) -> "Figure":
     for index, (name, measure) in enumerate(measures.items()):
         rank, low, high = (np.array(v, dtype=np.float64) for v in (measure.rank, measure.rank_low, measure.rank_high))
         shift = 0.64 * (index / max(count - 1, 1) - 0.5)
-        axes.errorbar(
-            slot + shift, rank, yerr=np.abs(np.stack([rank - low, high - rank])), fmt=MARKERS[index % len(MARKERS)],
-            color=PALETTE[index % len(PALETTE)], markersize=4, capsize=2, linewidth=1, label=name,
-        )  # fmt: skip
+        colour, flagged = PALETTE[index % len(PALETTE)], np.array(measure.flagged)
+        errors = np.abs(np.stack([rank - low, high - rank]))
+        for rows, face in ((~flagged, colour), (flagged, "white")):
+            axes.errorbar(
+                (slot + shift)[rows], rank[rows], yerr=errors[:, rows], fmt=MARKERS[index % len(MARKERS)],
+                color=colour, markerfacecolor=face, markersize=4, capsize=2, linewidth=1,
+                label="_" if face == "white" else name,
+            )  # fmt: skip
     shown = slot[:: max(1, len(slot) // 10)].astype(int)
     axes.set_xticks(shown, [f"{log_snr[i]:.1f}" for i in shown])
     upper = axes.secondary_xaxis("top")
@@ -166,17 +179,18 @@ def learning_figure(folder: Path) -> "Figure":
     budget = read_run(folder, "measure")["config"]["plan"]["budget"]
     figure, axes = plt.subplots(figsize=(PAGE_WIDTH, 4.0), layout="constrained")
     colours = ScalarMappable(Normalize(x.min(), x.max()), "cividis")
-    positive = losses[(losses["iteration"] > 0) & (losses["excess_nats"] > 0)]
+    drawn = (losses["excess_nats"] > 0) & np.isfinite(losses["excess_nats"])  # what a log axis can show
+    positive = losses[(losses["iteration"] > 0) & drawn]
     for _, part in positive.groupby("task"):
         spread = part.groupby("iteration")["excess_nats"].agg(["mean", "min", "max"])
         colour = colours.to_rgba(x[part["task"].iloc[0]])
         axes.plot(spread.index, spread["mean"], color=colour, linewidth=1.2)
         axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0)
     axes.axvline(budget, color="0.3", linestyle="--", linewidth=1)
-    axes.annotate("budget", (budget, 0.02), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8,
-                  rotation=90)  # fmt: skip
+    axes.annotate("budget", (budget, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    if len(positive):
+        axes.set_yscale("log")
     axes.set_xlabel("iterations of each expert")
     kind = "Bayes loss" if (losses["floor_kind"] == "exact").all() else "best known loss"
     axes.set_ylabel(f"excess over the {kind}\n[nats per unit log-SNR]")
@@ -275,7 +289,7 @@ def agreement_figure(folder: Path) -> "Figure":
         for a, b in ((pair.first, pair.second), (pair.second, pair.first)):
             tau.loc[a, b] = pair.tau if known else np.nan
             text.loc[a, b] = f"{pair.tau:+.2f}\n[{pair.ci_low:+.2f}, {pair.ci_high:+.2f}]" if known else "-"
-    side = 1.6 + 0.72 * len(names)
+    side = 2.8 + 0.72 * len(names)  # the names, and cells wide enough for an interval
     figure, axes = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
     seaborn.heatmap(
         tau, annot=text, fmt="", vmin=-1, vmax=1, cmap="PuOr", square=True, linewidths=0.5, ax=axes,
@@ -301,9 +315,9 @@ def plot_folder(folder: Path) -> list[Path]:
     """Draw every figure whose table a finished measurement holds, into its ``figures/``; returns the files.
 
     Raises:
-        InputError: if the folder is not a finished measurement.
+        InputError: if the folder is not a finished measurement, or a table of it is missing or incomplete.
     """
-    read_run(folder, "measure")
+    read_tables(folder, check_config(read_run(folder, "measure"), folder))
     written = []
     for name, (draw, source) in FIGURES.items():
         if (folder / source).exists():

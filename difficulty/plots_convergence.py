@@ -83,8 +83,10 @@ def learning_curves_figure(folder: Path, data: str) -> "Figure":
             low = rows["min"].where(rows["min"] > 0, rows["mean"])
             axes.fill_between(rows["iteration"], low, rows["max"], color=colour, alpha=0.2, linewidth=0)
         axes.axvline(cell["iterations"], color="0.3", linestyle="--", linewidth=1)
-        axes.annotate("budget", (cell["iterations"], 0.03), xycoords=("data", "axes fraction"), ha="right",
-                      va="bottom", fontsize=7, rotation=90)  # fmt: skip
+        axes.annotate(
+            "budget", (cell["iterations"], 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+            fontsize=7,
+        )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.sharey(panels[0][0])

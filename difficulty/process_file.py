@@ -29,7 +29,7 @@ def read_process(folder: Path, fingerprint: Mapping[str, Any]) -> Process:
     Raises:
         InputError: if process.csv is missing, malformed, or not that of the fingerprint.
     """
-    scales = read_table(folder / "process.csv", ["t", "alpha", "sigma"])
+    scales = read_table(folder / "process.csv", {"t": int, "alpha": float, "sigma": float})
     process = from_arrays(scales["alpha"].to_numpy(), scales["sigma"].to_numpy(), str(fingerprint.get("name")))
     process.check_fingerprint(fingerprint, str(folder / "process.csv"))
     return process

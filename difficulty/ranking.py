@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from scipy.stats import rankdata
 
 from difficulty.errors import InputError
 from difficulty.intervals import INTERVAL_LEVEL, Z90
@@ -113,8 +114,13 @@ class Ranking(_Record):
             a[1] + 1 != b[0] for a, b in pairwise(bounds)
         ):
             raise ValueError("tasks must cover t without gap or overlap, cleanest first")
+        if not self.measures:
+            raise ValueError("there must be a measure")
         for name, measure in self.measures.items():
-            lists = (measure.value, measure.rank, measure.rank_low, measure.rank_high, measure.flagged)
+            lists = (
+                measure.value, measure.ci_low, measure.ci_high, measure.rank, measure.rank_low, measure.rank_high,
+                measure.flagged,
+            )  # fmt: skip
             if any(len(entries) != count for entries in lists):
                 raise ValueError(f"measure {name!r} does not have one entry per task")
             if len(set(measure.order)) != len(measure.order) or not set(measure.order) <= set(range(count)):
@@ -244,9 +250,10 @@ def _rank_one(estimate: Estimate, replicates: Array) -> MeasureRanking:
     rank[order] = np.arange(1, len(order) + 1)
     low, high = np.full(K, np.nan), np.full(K, np.nan)
     if len(ranked):
-        positions = replicates[:, ranked].argsort(1, kind="stable").argsort(1) + 1
-        tails = [(1 - INTERVAL_LEVEL) / 2, (1 + INTERVAL_LEVEL) / 2]
-        low[ranked], high[ranked] = np.quantile(positions, tails, axis=0, method="closest_observation")
+        # Tasks that tie, as all do that could not be learned, may take any of the places that they share.
+        for bound, tie, tail in ((low, "min", (1 - INTERVAL_LEVEL) / 2), (high, "max", (1 + INTERVAL_LEVEL) / 2)):
+            places = rankdata(replicates[:, ranked], method=tie, axis=1)
+            bound[ranked] = np.quantile(places, tail, axis=0, method="closest_observation")
         # The rank of the estimate itself belongs to its interval.
         low, high = np.fmin(low, rank), np.fmax(high, rank)
     return MeasureRanking(
@@ -296,10 +303,17 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     if np.isnan(tau):
         return f"{name}: no task was learned, so that none can be told from another; use a larger budget."
     hardest, easiest = tasks[order[-1]], tasks[order[0]]
-    if low > 0:
+    sure = ranked[~estimate.flagged[ranked]]
+    places = np.arange(len(sure), dtype=np.float64)
+    _, low_sure, high_sure = with_interval(float(kendall(centre[sure], -places)), kendall(replicates[:, sure], -places))
+    if low > 0 and low_sure > 0:
         lower_is_harder = "holds in tendency" if hardest.index != ranked[0] or tau < 0.9 else "holds"
+    elif high < 0 and high_sure < 0:
+        lower_is_harder = "fails (higher t is harder)"
+    elif low > 0 or high < 0:
+        lower_is_harder = "is not decided without the tasks that are flagged"
     else:
-        lower_is_harder = "fails (higher t is harder)" if high < 0 else "is not decided"
+        lower_is_harder = "is not decided"
     return (
         f"{name}: hardest t {hardest.first}..{hardest.last}, easiest t {easiest.first}..{easiest.last}; "
         f"{apart} of {len(order) - 1} neighbours in rank can be told apart at {TOLD_APART:.0%}; "

@@ -45,6 +45,8 @@ from difficulty.errors import InputError
 # Significant digits of a number in a table, unless its writer wants fewer.
 DIGITS = 10
 RUN_FORMAT = "denoising-difficulty/run/1"
+# Kinds of numpy's dtypes that a column of a kind may have once pandas has read it; whole numbers will do as float.
+KINDS: Mapping[type, str] = {int: "iu", float: "fiu", bool: "b", str: "OfTU"}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -80,7 +82,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: if it is missing, unreadable or truncated.
+        InputError: if it is missing, unreadable, truncated or nested too deeply.
     """
     try:
         return json.loads(path.read_text())
@@ -88,7 +90,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from None
 
 
@@ -120,20 +122,48 @@ def read_array(path: Path) -> npt.NDArray[Any]:
         raise InputError(f"{path} is not a readable array ({error}); run the measurement again") from None
 
 
-def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(
+    path: Path, columns: Iterable[str] | Mapping[str, type] = (), keys: Mapping[str, Iterable[Any] | None] | None = None
+) -> pd.DataFrame:
     """Read a CSV and check that it has the columns asked for.
 
+    Args:
+        path: of the file.
+        columns: names; with their kinds (int, float, bool or str) these are checked too.
+        keys: by column the values that it must take, None for those that it has; of every combination there must be one
+            row.
+
     Raises:
-        InputError: if it is missing, empty, malformed, or lacks a column.
+        InputError: if it is missing, empty, malformed, incomplete, or lacks a column.
     """
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the folder is incomplete, run the measurement again") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not a readable CSV table ({error})") from None
     check_columns(table, columns, str(path))
+    for name, kind in columns.items() if isinstance(columns, Mapping) else ():
+        if table[name].dtype.kind not in KINDS[kind]:
+            raise InputError(f"{path} has something else than {kind.__name__} in column {name!r}; was it edited?")
+    if keys is not None:
+        _check_complete(table, keys, path)
     return table
+
+
+def _check_complete(table: pd.DataFrame, keys: Mapping[str, Iterable[Any] | None], path: Path) -> None:
+    """Raise InputError unless a table has one row for every combination of the keys' values, and no other."""
+    wanted = {name: set(table[name] if values is None else values) for name, values in keys.items()}
+    count = math.prod(len(values) for values in wanted.values())
+    if (
+        len(table) != count
+        or table.duplicated(list(keys)).any()
+        or any(set(table[name]) != values for name, values in wanted.items())
+    ):
+        raise InputError(
+            f"{path} does not have one row for each {', '.join(keys)} that run.json says; it was edited or truncated, "
+            "run its command again"
+        )
 
 
 def check_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
@@ -167,7 +197,8 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
 
     Raises:
         InputError: if the folder is not a results folder, so that nobody's files are mixed with ours, or holds a
-            finished run with another config, so that no result is lost. The same config runs again in place.
+            run of another kind or config, so that no result is lost and none outlives its run.json. The same config
+            runs again in place.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
         raise InputError(f"{folder} is not empty and holds no run.json; choose another output folder")
@@ -176,8 +207,11 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
     config = as_json(config)
     if (folder / "run.json").exists():
         earlier = read_json(folder / "run.json")
-        if earlier.get("status") == "finished" and (earlier.get("kind"), earlier.get("config")) != (kind, config):
-            raise InputError(f"{folder} holds a finished run with other settings; choose another --out or delete it")
+        if not isinstance(earlier, dict) or earlier.get("format") != RUN_FORMAT:
+            raise InputError(f"{folder / 'run.json'} is not of this project or version; choose another output folder")
+        if (earlier.get("kind"), earlier.get("config")) != (kind, config):
+            state = "a finished run" if earlier.get("status") == "finished" else "an interrupted run"
+            raise InputError(f"{folder} holds {state} with other settings; choose another --out or delete it")
     run = {
         "format": RUN_FORMAT,
         "kind": kind,

@@ -5,9 +5,9 @@ itself, half of it, twice it, and every seed alone at the budget. A rank survive
 budget, within its own 90 % interval at the budget.
 """
 
-__all__ = ["STABILITY_COLUMNS", "stability_sentences", "stability_table"]
+__all__ = ["STABILITY_COLUMNS", "stability_sentences", "stability_table", "variants_of"]
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,19 @@ from difficulty.process import Array
 from difficulty.ranking import MeasureRanking
 from difficulty.records import check_columns
 
-STABILITY_COLUMNS = ("definition", "variant", "task", "value", "rank")
+STABILITY_COLUMNS: Mapping[str, type] = {
+    "definition": str, "variant": str, "task": int, "value": float, "rank": float,
+}  # fmt: skip
 BUDGET, HALF, DOUBLE = "budget", "half budget", "double budget"
+
+
+def variants_of(seeds: Iterable[int]) -> list[str]:
+    """The variants in stability.csv of a measurement with these seeds."""
+    return [BUDGET, HALF, DOUBLE, *(_of_seed(seed) for seed in seeds)]
+
+
+def _of_seed(seed: object) -> str:
+    return f"seed {seed}"
 
 
 def stability_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
@@ -34,7 +45,7 @@ def stability_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
     """
     variants = {BUDGET: (losses, budget), HALF: (losses, budget // 2), DOUBLE: (losses, 2 * budget)}
     for seed, part in losses.groupby("seed"):
-        variants[f"seed {seed}"] = (part, budget)
+        variants[_of_seed(seed)] = (part, budget)
     parts = []
     for variant, (rows, iterations) in variants.items():
         table = convergence_table(rows, iterations)[["definition", "task", "value"]]
