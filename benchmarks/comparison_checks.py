@@ -1,7 +1,8 @@
 """Two checks on small networks: does the comparison find what is not there, and is patience a clock?
 
-noise   plain training against itself with fresh seeds, 40 real pairs: how often would a difference be claimed? The
-        pairs are read as 5 comparisons of 8 and 10 of 4, each corrected as any other.
+noise   plain training against itself with fresh seeds, 400 real pairs: how often would a difference be claimed? The
+        pairs are read as 100 comparisons of 4, 50 of 8 and 10 of 40, each corrected as any other. As the seeds of the
+        two arms differ, any run of one may stand against any of the other: 1000 times 40 pairs are formed anew.
 clock   how long are the stages of `patience` and of `held-out`, with learning and with the learning rate next to zero?
         A rule that looks at the batch loss alone ends its stages as early when nothing is learned.
 
@@ -9,6 +10,7 @@ clock   how long are the stages of `patience` and of `held-out`, with learning a
 """
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,8 @@ from training.plan import TrainPlan
 from training.trainer import Trainer
 
 DATA, PROCESS, NETWORK = "grid-2d", "vp-linear", "mlp:width=32,depth=2"
-PAIRS = 40
+PAIRS, SEEDS_OF_A_COMPARISON = 400, (4, 8, 40)
+ANEW = 1000
 STAGES = 4
 SEEDS = range(8)
 LEARNING = {"learning": 1e-3, "not learning": 1e-9}
@@ -41,16 +44,32 @@ def noise(out: Path, share: float) -> pd.DataFrame:
     )  # fmt: skip
     final = pd.read_csv(out / "comparison.csv")
     rows = []
-    for seeds in (4, 8, PAIRS):
-        tables = [
-            effects(final[final["seed"].between(first, first + seeds - 1)], "vanilla")
-            for first in range(0, PAIRS, seeds)
-        ]
-        claims = sum(not (table["verdict"] == "no difference shown").all() for table in tables)
-        uncorrected = float(np.mean([(table["p"] < 0.05).mean() for table in tables]))
-        rows.append((seeds, len(tables), claims, claims / len(tables), uncorrected))
-    columns = ["seeds", "comparisons", "claims", "share_of_claims", "share_of_p_below_5_percent"]
+    for seeds in SEEDS_OF_A_COMPARISON:
+        parts = [final[final["seed"].between(first, first + seeds - 1)] for first in range(0, PAIRS, seeds)]
+        rows.append(("as trained", seeds, *claims(parts)))
+    rows.append(("anew", seeds, *claims(paired_anew(final, seeds))))
+    columns = ["pairing", "seeds", "comparisons", "claims", "share_of_claims", "share_of_p_below_5_percent"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def claims(comparisons: Iterable[pd.DataFrame]) -> tuple[int, int, float, float]:
+    """Number of comparisons, how many of them claim a difference, their share, and that of the uncorrected p < 0.05."""
+    tables = [effects(part, "vanilla") for part in comparisons]
+    found = sum(not (table["verdict"] == "no difference shown").all() for table in tables)
+    uncorrected = float(np.mean([(table["p"] < 0.05).mean() for table in tables]))
+    return len(tables), found, found / len(tables), uncorrected
+
+
+def paired_anew(final: pd.DataFrame, seeds: int) -> Iterator[pd.DataFrame]:
+    """Comparisons of the runs of both arms, each of other runs in other pairs."""
+    rng = np.random.default_rng(0)
+    known = np.sort(final["seed"].unique())
+    for _ in range(ANEW):
+        parts = []
+        for _, own in final.groupby("arm"):
+            place = pd.Series(range(seeds), rng.choice(known, seeds, replace=False))
+            parts.append(own[own["seed"].isin(place.index)].assign(seed=lambda t, place=place: t["seed"].map(place)))
+        yield pd.concat(parts)
 
 
 def clock(share: float) -> pd.DataFrame:

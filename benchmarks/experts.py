@@ -2,10 +2,10 @@
 
     python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--out results/experts-speed]
 
-Per network and number of threads: the plain loop, one module and one AdamW per expert; the same loop split over as many
-processes with one thread each, as joblib would, but without its dispatching; every engine of `difficulty.engines` that
-fits, in one process; and what ``choose_engine`` picks, in as many processes as threads, as ``difficulty measure
---workers`` runs it.
+Per network and number of threads: the plain loop, one module and one AdamW per expert; the same with an expert per task
+of joblib, its build and dispatch included, over as many processes as threads; the same loop split over as many lasting
+processes, which is what joblib comes to in the limit; every engine of `difficulty.engines` that fits, in one process;
+and what ``choose_engine`` picks, in as many processes as threads, as ``difficulty measure --workers`` runs it.
 
 Each round times every contender once, in turn, on the same batches: x0, noise and timesteps of the experts' own tasks,
 drawn beforehand. Reported are the median time per expert and iteration, and the ratio to the plain loop within a round,
@@ -77,6 +77,27 @@ def plain_loop(case, experts):
                 optimizer.step()
 
     return run
+
+
+class OverJoblib:
+    """The plain loop with one task of joblib per expert; joblib keeps its processes between rounds."""
+
+    longer = 20  # a task trains so many times the iterations of a round, or building the expert would decide
+
+    def __init__(self, case, processes):
+        self.case, self.processes = case, processes
+
+    def __call__(self, iterations):
+        from joblib import Parallel, delayed
+
+        tasks = (delayed(train_alone)(self.case, k, self.longer * iterations) for k in range(EXPERTS))
+        Parallel(n_jobs=self.processes)(tasks)
+
+
+def train_alone(case, expert, iterations):
+    """A task of joblib."""
+    torch.set_num_threads(1)
+    plain_loop(case, [expert])(iterations)
 
 
 def together(case, experts, name, processes=1, compiled=False):
@@ -204,13 +225,16 @@ def measure(case, threads, rounds, compiled, memory):
         else OverProcesses(make, case, processes, *arguments)
         for name, (make, arguments, processes) in kinds.items()
     }
+    if threads > 1:
+        runs[f"{PLAIN}, joblib"] = OverJoblib(case, threads)
     times = {name: [] for name in runs}
     for round_number in range(rounds + WARM_UP):
         for name, run in runs.items():
             start = time.perf_counter()
             run(iterations)
             if round_number >= WARM_UP:
-                times[name].append((time.perf_counter() - start) / iterations / EXPERTS)
+                done = iterations * getattr(run, "longer", 1)
+                times[name].append((time.perf_counter() - start) / done / EXPERTS)
     for run in runs.values():
         if isinstance(run, OverProcesses):
             run.close()
@@ -231,7 +255,7 @@ def measure(case, threads, rounds, compiled, memory):
                 "rounds": rounds,
                 "gflops": round(flops / median / 1e9, 1),
                 "gflops_matrix": round(peak, 1),
-                "mb": round(memory[name], 1),
+                "mb": round(memory.get(name, float("nan")), 1),
                 "torch": torch.__version__,
                 "processor": platform.processor() or platform.machine(),
             }

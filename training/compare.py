@@ -132,6 +132,7 @@ def compare(
     check_metrics(setting.metrics, ratios=True)
     check_enough("data", len(data.train))
     check_enough("samples", samples)
+    before = read_json(out / "run.json").get("wall_seconds", 0.0) if (out / "run.json").exists() else 0.0
     run = _open(out, setting, specs, list(seeds), schedules, confirms)
     jobs = [
         Job(arm, spec, seed, schedule, run_file(out, arm, seed, schedule), keep_samples=seed == seeds[0])
@@ -147,7 +148,7 @@ def compare(
         _run_all(runner, plan, copies, workers, progress, len(first), len(jobs))
     shutil.rmtree(out / "partial", ignore_errors=True)
     table = _write_tables(out, jobs, specs, tasks)
-    finish_run(out, run, wall_seconds=round(time.monotonic() - started, 1))
+    finish_run(out, run, wall_seconds=round(before + time.monotonic() - started, 1))
     return table
 
 

@@ -114,7 +114,9 @@ def overview(folders: Mapping[str, Path], metrics: Sequence[str], schedule: str 
             ax.set_ylim(len(arms) - 0.5, -0.5)
             ax.tick_params(labelsize=7)
             ax.grid(axis="x", alpha=0.3)
-            ax.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, %", fontsize=8)
+            ax.set_xlabel("change, %", fontsize=8)
+            if across == 0:
+                ax.set_ylabel(METRIC_NAMES.get(metric, metric), fontsize=8)
         axes[0, across].set_title(name.replace("-", "-\n", 1) if len(name) > 16 else name, fontsize=8)
     figure.suptitle(
         f"Change against plain training, learning rate {schedule}: left of 0 is better, 95 % intervals\n"
