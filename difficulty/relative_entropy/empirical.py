@@ -19,6 +19,7 @@ from difficulty.relative_entropy.fits import null_block
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.refits import gaussian_log_error
 from difficulty.relative_entropy.sample import make_sample
 
 LEAST_ROWS = 100
@@ -48,6 +49,8 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
         ]
     )
     bias, spread = halves.mean(0) - _log(kl), np.abs(halves[0] - halves[1]) / 2
+    # Two halves may agree by chance where the noise leaves little but the error of the mean.
+    spread = np.maximum(spread, gaussian_log_error(sample, pairs, _log(kl)))
     null = null_block(sample).measure(pairs, 0, 0)
     total = kl + null.kl
     error = kl / total * np.sqrt((se / np.maximum(kl, 1e-300)) ** 2 + spread**2 + bias**2)
