@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from difficulty.errors import InputError
-from difficulty.files import first_line
+from difficulty.errors import InputError, first_line
 from difficulty.prediction import EDM_SIGMA_DATA
 from difficulty.process import Array, Process
 from difficulty.records import read_json

@@ -4,7 +4,7 @@ Its message is one sentence: what is wrong, what was given, what to do. The comm
 traceback and exit with code 2; from Python it is an ordinary ``ValueError``.
 """
 
-__all__ = ["InputError", "choose"]
+__all__ = ["InputError", "choose", "first_line"]
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -26,3 +26,8 @@ def choose(kind: str, name: str, known: Mapping[str, Value]) -> Value:
         return known[name]
     except KeyError:
         raise InputError(f"unknown {kind} {name!r}; known are {', '.join(known)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

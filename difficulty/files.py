@@ -1,6 +1,6 @@
 """The user's files as arrays: array files, and folders of images with labels and captions."""
 
-__all__ = ["ARRAY_SUFFIXES", "first_line", "read_array_file", "read_image_folder"]
+__all__ = ["ARRAY_SUFFIXES", "read_array_file", "read_image_folder"]
 
 import json
 from collections.abc import Mapping
@@ -11,17 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
 Samples = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of somebody else's code says, in one line; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def read_array_file(path: Path) -> Samples:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from difficulty.files import first_line
+from difficulty.errors import first_line
 from difficulty.networks import LearnedPositions, NoiseEmbedding
 from difficulty.randomness import torch_generator
 

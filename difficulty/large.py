@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLE_MEMBERS = (*IMAGE_MEMBERS, ".npy")
@@ -198,7 +198,7 @@ class Table:
             else:
                 table = datasets.load_dataset(name, split="train")
         except Exception as error:  # the library raises many kinds, down to connection errors
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"cannot load hf:{name} ({reason})") from None
         columns = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
         if not columns:

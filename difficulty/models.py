@@ -19,8 +19,7 @@ from torch import Tensor
 
 from difficulty.denoiser import Denoiser
 from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component
-from difficulty.errors import InputError
-from difficulty.files import first_line
+from difficulty.errors import InputError, first_line
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import EDM_SIGMA_DATA, to_eps
 from difficulty.process import Process, from_arrays

@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from difficulty.diffusers_network import DiffusersNetwork, diffusers_network
-from difficulty.errors import InputError, choose
-from difficulty.files import first_line
+from difficulty.errors import InputError, choose, first_line
 from difficulty.randomness import seeded_torch
 from difficulty.specs import build
 

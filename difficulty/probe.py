@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from difficulty.datasets import Dataset, load_dataset
-from difficulty.errors import InputError
-from difficulty.files import first_line
+from difficulty.errors import InputError, first_line
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
 from difficulty.heldout import floor_losses, heldout_draws, posterior_eps_at, wiener
 from difficulty.intervals import Z90

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from difficulty.errors import first_line
 from difficulty.records import digest, write_bytes
 
 CACHE_FORMAT = "denoising-difficulty/cache/1"
@@ -71,7 +72,7 @@ def _read(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor] | Non
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        return None, f"cannot be read ({str(error).splitlines()[0]})"
+        return None, f"cannot be read ({first_line(error)})"
     if metadata.get("format") != CACHE_FORMAT:
         return None, "is no file of this version's cache"
     if metadata.get("facts") != json.dumps(facts, sort_keys=True):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from difficulty.datasets import load_dataset
 from difficulty.distances import Features, pca, pixels
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.process import Array
 from training.classifier import trained_classifier
 
@@ -89,7 +89,7 @@ def _inception_network() -> Any:
         torch.load(path, map_location="cpu", weights_only=True)
         return module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except Exception as error:  # torch has many kinds for a truncated, foreign or malicious file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception ({reason})") from None
 
 

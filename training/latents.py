@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from difficulty.datasets import Dataset
-from difficulty.errors import InputError, choose
+from difficulty.errors import InputError, choose, first_line
 from difficulty.randomness import normal
 from training.cache import cached_tensors
-from training.pretrained import find_part, fingerprint_folders, first_line, root_folder
+from training.pretrained import find_part, fingerprint_folders, root_folder
 from training.streams import LATENTS
 
 CHUNK = 32  # images per forward pass

@@ -4,13 +4,13 @@ Weights are read from safetensors only; nothing is unpickled and no code that co
 holds is known by the SHA-256 of its files, wherever it is.
 """
 
-__all__ = ["find_part", "fingerprint_folders", "first_line", "model_files", "root_folder"]
+__all__ = ["find_part", "fingerprint_folders", "model_files", "root_folder"]
 
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.records import digest
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -66,8 +66,3 @@ def fingerprint_folders(*folders: Path) -> str:
             with file.open("rb") as handle:
                 contents.add((file.name, hashlib.file_digest(handle, "sha256").hexdigest()))
     return digest({"files": sorted(contents)})
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

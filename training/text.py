@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from difficulty.datasets import Dataset
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.randomness import stream, torch_generator
 from difficulty.records import digest
 from training.cache import cache_folder, cached_tensors
-from training.pretrained import find_part, fingerprint_folders, first_line, model_files, root_folder
+from training.pretrained import find_part, fingerprint_folders, model_files, root_folder
 from training.streams import BATCH
 
 MOST_TOKENS = 256

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.networks import NETWORKS, build_network, recompute_blocks
 from difficulty.process import Array, Process
 from difficulty.randomness import integers, normal, seeded_torch, uniform
@@ -304,7 +304,7 @@ class Trainer:
             self._load(self.denoiser.network, state["model"])
             self._load(self.averaged.module, state["ema"])
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].rstrip(":")
+            reason = first_line(error).rstrip(":")
             raise InputError(f"the saved weights do not fit network {self.plan.network!r} ({reason})") from None
         self.optimizer.load_state_dict(moments(self.parallel, self.optimizer, state["optimizer"]))
         if self.uncertainty is not None:
@@ -339,7 +339,7 @@ def _check_abilities(plan: TrainPlan, device: torch.device, parallel: str) -> No
         try:
             torch.compile(torch.nn.functional.silu)(torch.ones(2, device=device))
         except Exception as error:  # torch raises many kinds where a compiler is missing or fails
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"torch.compile does not work here ({reason}); train without --compile") from None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.process import Process, get_process
 from training.curriculum import Curriculum, known_process
 
@@ -36,5 +36,5 @@ def chosen_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device {name!r} cannot be used ({first_line(error)})") from None
     return name
