@@ -16,9 +16,10 @@ from difficulty.plots import relative_entropy_figure, save_figure
 from difficulty.plots_relative_entropy import profile_figure
 from difficulty.process import Process, get_process
 from difficulty.profile import measure_profile
+from difficulty.randomness import check_seed
 from difficulty.recommend import advise, burden_of_profile, check_experts
 from difficulty.records import finish_run, start_run, write_json, write_table
-from difficulty.relative_entropy import kl
+from difficulty.relative_entropy import choose_estimator, kl
 from difficulty.relative_entropy.exact import known_law
 from difficulty.relative_entropy.pairs import make_pairs
 
@@ -42,8 +43,8 @@ def run_kl(
         InputError: if an argument cannot be used, in which case nothing is written, or the folder cannot be written.
     """
     dataset, process = load_dataset(data), get_process(process_name)
-    # The pair (0, 1) is answered without a computation: this call only checks the arguments.
-    kl(dataset, process, estimator=estimator, pairs=[1], seed=seed, model=model)
+    check_seed(seed)
+    choose_estimator(estimator, model)
     make_pairs(process, pairs, tasks)
     if estimator == "exact":
         known_law(dataset)
@@ -74,8 +75,7 @@ def run_profile(
     Raises:
         InputError: if an argument cannot be used, in which case nothing is written, or the folder cannot be written.
     """
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
+    check_seed(seed)
     check_experts(experts)
     dataset, chosen = load_dataset(data), _named(processes)
     config = {

@@ -8,7 +8,7 @@ to key (SeedSequence, after O'Neill's seed_seq). A training run asks for (seed, 
 hash is evaluated for a block of steps at once; numpy guarantees that its result never changes.
 """
 
-__all__ = ["integers", "normal", "seeded_torch", "stream", "torch_generator", "uniform"]
+__all__ = ["check_seed", "integers", "normal", "seeded_torch", "stream", "torch_generator", "uniform"]
 
 import contextlib
 import functools
@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from difficulty.errors import InputError
+
 BLOCK = 1024  # steps whose keys are made at once
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError if a seed can name no stream."""
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
 
 
 def stream(*counters: int) -> np.random.Generator:

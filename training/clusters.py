@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
-from difficulty.randomness import stream
+from difficulty.randomness import check_seed, stream
 from training.density import finite_log_snr
 from training.streams import ORDER
 
@@ -176,8 +176,7 @@ def order_clusters(easiest_first: Clusters, order: str, seed: int = 0) -> Cluste
         InputError: if the order is unknown, or random with a negative seed.
     """
     if order == "random":
-        if seed < 0:
-            raise InputError(f"seed must not be negative, got {seed}")
+        check_seed(seed)
         return [easiest_first[i] for i in stream(seed, ORDER, 0, 0).permutation(len(easiest_first))]
     choose("order", order, dict.fromkeys(ORDERS, None))
     return easiest_first if order == "easy-to-hard" else easiest_first[::-1]

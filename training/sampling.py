@@ -30,7 +30,7 @@ from torch import Tensor
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
-from difficulty.randomness import normal
+from difficulty.randomness import check_seed, normal
 from training.conditional import Condition, ConditionalNetwork, Guided
 from training.streams import PRIOR, SAMPLER
 
@@ -198,8 +198,7 @@ def draw_samples(
             unconditional denoiser, guidance is asked for without a condition, or the method needs a package that is
             missing.
     """
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
+    check_seed(seed)
     if condition is None and guidance != 1:
         raise InputError(f"guidance {guidance:g} needs a condition to guide towards; this model is sampled without one")
     told = isinstance(denoiser, Denoiser) and isinstance(denoiser.network, ConditionalNetwork)

@@ -1,6 +1,6 @@
 """Relative entropy between the marginals of neighbouring noise levels, KL(p_from || p_t), with its uncertainty."""
 
-__all__ = ["COLUMNS", "ESTIMATORS", "kl", "one_thread"]
+__all__ = ["COLUMNS", "ESTIMATORS", "choose_estimator", "kl", "one_thread"]
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Process, get_process
+from difficulty.randomness import check_seed
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.estimators import ESTIMATORS
 from difficulty.relative_entropy.pairs import EXCLUDED_FIRST, Pairs, make_pairs, upper_bound
@@ -68,11 +69,8 @@ def kl(
         raise InputError(f"samples must be at least 100, got {samples}")
     if bootstrap < 2:
         raise InputError(f"bootstrap must be at least 2, got {bootstrap}")
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
-    run = choose("estimator", estimator, ESTIMATORS)
-    if model is not None and estimator != "score":
-        raise InputError(f"a model serves estimator 'score' only, not {estimator!r}; leave one of the two away")
+    check_seed(seed)
+    run = choose_estimator(estimator, model)
     trained = model if model is None or isinstance(model, TrainedModel) else load_model(model)
     dataset, process = load_dataset(data), get_process(process)
     wanted = make_pairs(process, pairs, tasks)
@@ -85,6 +83,16 @@ def kl(
         with one_thread():
             table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table
+
+
+def choose_estimator(
+    name: str, model: TrainedModel | str | Path | None
+) -> Callable[[Dataset, Pairs, Settings], Estimate]:
+    """The estimator of that name; raises InputError if it is unknown or has no use for the model."""
+    run = choose("estimator", name, ESTIMATORS)
+    if model is not None and name != "score":
+        raise InputError(f"a model serves estimator 'score' only, not {name!r}; leave one of the two away")
+    return run
 
 
 @contextmanager
