@@ -25,11 +25,11 @@ the fit. The weights become a scale of the axes: by the inequality of the means 
 k^2 (w_i ... w_l)^(2/k) where all have one sign; axes of the other sign are left out.
 """
 
-__all__ = ["lacking"]
+__all__ = ["DRAWS", "lacking"]
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ MOST_ROWS, CHUNK = 3000, 512
 
 
 def lacking(
-    rows: Array, draw: Callable[[int], Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool
+    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool
 ) -> Array:
     """Relative entropy that the cumulants of the rows have and those of a fit do not, nats, and its error, (m, 2).
 
@@ -56,22 +56,22 @@ def lacking(
 
     Args:
         rows: along principal axes, shape (n, r).
-        draw: independent draws of the fit in the same axes, shape (n, r), by number.
+        drawn: ``DRAWS`` independent draws of the fit in the same axes, each of shape (n, r).
         eigenvalues: variances of the rows along the axes, shape (r,).
         pairs: m pairs of noise levels.
         gaussian: whether the fit is Gaussian and has no such cumulants.
     """
-    x = _standard(rows, eigenvalues)
-    drawn = [_standard(draw(k), eigenvalues) for k in range(DRAWS)]
+    x, *references = (_standard(part, eigenvalues) for part in (rows, *drawn))
+    square, *expected_squares = (part**2 for part in (x, *references))
     found = np.zeros((len(pairs), 2))
     for j, (tau, dtau, dlog_alpha) in enumerate(zip(pairs.tau, pairs.dtau, pairs.dlog_alpha, strict=True)):
         if not (np.isfinite(tau) and np.isfinite(dtau) and np.isfinite(dlog_alpha)):
             continue
         total = eigenvalues + math.exp(2 * tau)
-        expected = np.array([(y**2 / total).sum(1).var() for y in drawn])
-        if abs((x**2 / total).sum(1).var() - expected.mean()) > REFUTED * expected.std(ddof=1):
+        expected = np.array([(part @ (1 / total)).var() for part in expected_squares])
+        if abs((square @ (1 / total)).var() - expected.mean()) > REFUTED * expected.std(ddof=1):
             w = 2 * math.exp(2 * tau) / total * dtau + dlog_alpha
-            first, second, reference = (part[:MOST_ROWS] for part in (x, drawn[0], drawn[1]))
+            first, second, reference = (part[:MOST_ROWS] for part in (x, *references[:2]))
             value, error = _norms(first, None if gaussian else reference, eigenvalues / total, w, total)
             excess, its_error = _norms(second, None if gaussian else reference, eigenvalues / total, w, total)
             found[j] = value - excess, math.hypot(error, its_error)

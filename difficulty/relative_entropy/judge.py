@@ -25,10 +25,10 @@ from scipy import stats
 from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
-from difficulty.relative_entropy.cumulants import lacking
+from difficulty.relative_entropy.cumulants import DRAWS, lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate, has_independent_axes
-from difficulty.relative_entropy.fits import Fit, null_block
+from difficulty.relative_entropy.fits import null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
@@ -63,7 +63,7 @@ QUARTER_SHARE = 0.17
 FAR_DOMINATE = 0.3
 SPLIT_STREAM = 23
 # Rows per axis below which a fourth moment of all axes says nothing, and the first number of the draws against it.
-FEW_FOR_CUMULANTS, CUMULANT_DRAWS = 4, 1000
+FEW_FOR_CUMULANTS, FIRST_DRAW = 4, 1000
 
 
 class Judge:
@@ -222,13 +222,9 @@ class Judge:
             return found
         for i in set(self.best.tolist()):
             where, fit = np.flatnonzero(self.best == i), self.replicated[i].fit
-
-            def draw(number: int, fit: Fit = fit) -> Array:
-                return fit.draw(sample.n, CUMULANT_DRAWS + number)[0].numpy()
-
-            gaussian = self.names[i].family == "gaussian"
-            pairs = self.anchors.take(where)
-            found[where] = lacking(sample.rows, draw, sample.eigenvalues, pairs, gaussian=gaussian)
+            drawn = [fit.draw(sample.n, FIRST_DRAW + k)[0].numpy() for k in range(DRAWS)]
+            gaussian, pairs = self.names[i].family == "gaussian", self.anchors.take(where)
+            found[where] = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
         return found
 
     def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:
