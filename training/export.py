@@ -21,12 +21,10 @@ from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
 from difficulty.schedulers import scheduler_for
 from training.latents import autoencoder_of
-from training.run import Tell, restore
+from training.run import Tell, restore, silent
 
 
-def export_run(
-    folder: Path, out: Path, vae: str | None = None, tell: Tell = lambda message: None
-) -> tuple[str, bool]:
+def export_run(folder: Path, out: Path, vae: str | None = None, tell: Tell = silent) -> tuple[str, bool]:
     """Write the averaged weights of a run as a diffusers pipeline.
 
     Args:

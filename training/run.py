@@ -13,7 +13,7 @@ text-encoder/     the text encoder, if it was trained for the run
 checkpoints/      see `checkpoint.py`; the tables up to the step are part of the checkpoint
 """
 
-__all__ = ["Cadence", "restore", "train"]
+__all__ = ["Cadence", "Tell", "restore", "silent", "train"]
 
 import json
 import time
@@ -54,7 +54,7 @@ Judged = Callable[[Trainer, HeldOutLoss], None]
 Tell = Callable[[str], None]
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     """Tell nobody."""
 
 
@@ -94,7 +94,7 @@ def train(
     device: str = "cpu",
     parallel: str = "ddp",
     watch: Watcher | None = None,
-    tell: Tell = _silent,
+    tell: Tell = silent,
     show: Shower | None = None,
     judged: Judged | None = None,
 ) -> Trainer:
@@ -267,7 +267,7 @@ def _write_tables(trainer: Trainer, out: Path, log: dict[str, list[list[float]]]
     write_table(out / "coverage.csv", pd.DataFrame(coverage_rows(trainer.sampler, trainer.process)))
 
 
-def restore(folder: Path, tell: Tell = _silent) -> tuple[Denoiser, dict[str, Any]]:
+def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]]:
     """The denoiser of a run with its averaged weights, from the last whole checkpoint, and the run's settings.
 
     Args:
