@@ -50,6 +50,11 @@ class Tested:
     bound: Array
     cross: Array
 
+    def scaled(self, by: Array) -> "Tested":
+        """With ``by``, (m,), added to the logs of bound and cross."""
+        step = np.stack([by, np.zeros_like(by)], 1)
+        return Tested(self.second_moment, self.bound + step, self.cross + step)
+
 
 class HeldoutTests:
     """The two folds of one sample.

@@ -33,6 +33,7 @@ from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
 from difficulty.relative_entropy.sample import Sample
+from difficulty.relative_entropy.score import LARGEST_STEP
 from difficulty.relative_entropy.verdict import (
     FAR_SHARE,
     Findings,
@@ -182,7 +183,7 @@ class Judge:
             where = np.flatnonzero(weight[i] > 0.02)
             splits = len(self.halves) if i in winners else min(2, len(self.halves))
             replicated[i] = self._replicate(names[i], splits, where)
-            tested[i] = self.tests.test(names[i])
+            tested[i] = self.tests.test(names[i]).scaled(self._long_step(replicated[i]))
             self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
         columns = np.arange(len(self.tau))
@@ -214,6 +215,17 @@ class Judge:
         chosen = [names[i] for i in best]
         return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, self._lacking(), chosen)
 
+    def _long_step(self, fitted: Replicated) -> Array:
+        """Log of the KL of a fit over its 1/2 E[f^2] in the middle of the pair; 0 where the step is small, (m,)."""
+        dtau, dlog = self.anchors.dtau, self.anchors.dlog_alpha
+        long = np.flatnonzero(np.isfinite(dtau) & (dtau > LARGEST_STEP))
+        found = np.zeros(len(dtau))
+        if len(long):
+            a, b, c = fitted.fit.profile(self.tau[long], self.settings.samples, self.settings.seed).T
+            middle = 0.5 * (dtau[long] ** 2 * a - 2 * dtau[long] * dlog[long] * b + dlog[long] ** 2 * c)
+            found[long] = log_of(fitted.kl[long]) - log_of(middle)
+        return found
+
     def _lacking(self) -> Array:
         """What the chosen fits lack by the cumulants of the data, nats, and its error, (m, 2)."""
         sample = self.sample
@@ -224,7 +236,8 @@ class Judge:
             where, fit = np.flatnonzero(self.best == i), self.replicated[i].fit
             drawn = [fit.draw(sample.n, FIRST_DRAW + k)[0].numpy() for k in range(DRAWS)]
             gaussian, pairs = self.names[i].family == "gaussian", self.anchors.take(where)
-            found[where] = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
+            value = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
+            found[where] = value * np.exp(self._long_step(self.replicated[i])[where, None])
         return found
 
     def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:

@@ -15,6 +15,7 @@ Over a step of any size the log-ratio is the integral of -f at fixed x (F9).
 
 __all__ = [
     "GAUSS_NODES",
+    "LARGEST_STEP",
     "Cross",
     "coarse_log_ratio",
     "conditional_covariance",
@@ -39,6 +40,8 @@ Scores = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 # Places in [0, 1] and weights of Gauss and Legendre's rule with 8 nodes.
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 GAUSS_NODES = (0.5 * (_POINTS + 1), 0.5 * _WEIGHTS)
+# Step of log s beyond which the small-step formula F4 is not relied on.
+LARGEST_STEP = 0.3
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import make_sample
 from difficulty.relative_entropy.score import (
     GAUSS_NODES,
+    LARGEST_STEP,
     coarse_log_ratio,
     conditional_covariance,
     conditional_scores,
@@ -54,9 +55,8 @@ ANCHORS = 40
 FOLDS = 3
 # Held-out rows of a fold and noise draws of each, half of them the negatives of the others.
 ROWS, DRAWS = 1500, 4
-# Steps of log s beyond which F4 gives way to F9, and dimensions up to which the divergence is exact there: three sets
-# of points at eight nodes.
-LARGEST_STEP, EXACT_INTEGRATED = 0.3, 4
+# Dimensions up to which the divergence is exact where F4 gives way to F9: three sets of points at eight nodes.
+EXACT_INTEGRATED = 4
 # Components of the mixtures that must not certify more than the denoiser does, and dimensions up to which they can.
 RIVALS, MOST_FOR_RIVALS = (4, 12), 1024
 LARGEST_EXCESS, EXCESS_ERRORS = 0.12, 1.3

@@ -142,7 +142,11 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         ),
         (hidden > LIMITS.unseen * kl, ROUGHER),
         (
-            (found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1]),
+            _here_or_at_more_noise(
+                (found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1]),
+                pairs.tau,
+                found.family,
+            ),
             "the third and fourth moments of the data refute the fit: it lacks structure of many dimensions at once",
         ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
@@ -166,6 +170,14 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     for fails, text in found_wanting[::-1]:
         reason[np.asarray(fails, bool)] = text
     return reason
+
+
+def _here_or_at_more_noise(fails: npt.NDArray[np.bool_], tau: Array, family: list[Candidate]) -> npt.NDArray[np.bool_]:
+    """Whether the fit fails here or at more noise, (m,): noise hides what is lacking, less of it brings it back."""
+    return np.array([
+        any(fails[k] and tau[k] >= tau[j] and family[k] == family[j] for k in range(len(tau)))
+        for j in range(len(tau))
+    ])  # fmt: skip
 
 
 def unseen(pairs: Pairs, sample: Sample) -> Array:
