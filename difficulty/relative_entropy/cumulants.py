@@ -141,26 +141,23 @@ class _Level:
         s = np.sqrt((self.deviation**2 - self.eigenvalues).clip(min=0.0))
         noised = x + s * stream(NOISE_STREAM, len(x)).standard_normal(x.shape)
         clean = [part[: len(x)] for part in (x, y) if part is not None]
-        n, means, squares = len(x), [], []
-        for first in range(0, n, CHUNK):
-            kernel = torch.zeros(len(x[first : first + CHUNK]), n)
-            for k in ORDERS:
-                # The weights once: half of them on each side.
-                scale = self.weight ** (0.5 / k)
-                a, c = _tensor(scale**2), _tensor(self.eigenvalues / self.deviation**2 * scale**2)
-                left = _side(_tensor(noised[first : first + CHUNK] * (scale / self.deviation)), a, c)
-                for sign, part in zip((1, -1), clean, strict=False):
-                    right = _side(_tensor(part * (scale / self.deviation)), c, a)
-                    kernel += sign * k / math.factorial(k) * _kernel(k, left, right, a, c)
-            kernel.diagonal(first).zero_()
-            kernel = kernel.double()
-            means.append(kernel.sum(1) / (n - 1))
-            squares.append((kernel.sum(1).square() - kernel.square().sum(1)) / ((n - 1) * (n - 2)))
-        mean = float(torch.cat(means).mean())
-        values = torch.cat(squares) - 2 * mean * torch.cat(means) + mean**2
-        # A standard error less than measured: the data must show that h is larger than it is near a Gaussian.
-        variance = float(values.mean()) - float(values.std()) / math.sqrt(n)
-        return 2 * lack / max(2 * lack, variance)
+        n, kernel = len(x), torch.zeros(len(x), len(x))
+        for k in ORDERS:
+            # The weights once: half of them on each side.
+            scale = self.weight ** (0.5 / k)
+            a, c = _tensor(scale**2), _tensor(self.eigenvalues / self.deviation**2 * scale**2)
+            left = _side(_tensor(noised * (scale / self.deviation)), a, c)
+            for sign, part in zip((1, -1), clean, strict=False):
+                right = _side(_tensor(part * (scale / self.deviation)), c, a)
+                kernel += sign * k / math.factorial(k) * _kernel(k, left, right, a, c)
+        kernel.fill_diagonal_(0)
+        mean = float(kernel.double().mean())
+        # Row i and the clean rows j, k make K_ij K_ik: error of the rows i, and of the pairs (j, k).
+        row = (kernel.double().sum(1).square() - kernel.double().square().sum(1)) / ((n - 1) * (n - 2))
+        pair = (kernel.T @ kernel / n).fill_diagonal_(0)
+        error = math.hypot(float(row.std()) / math.sqrt(n), math.sqrt(2 * float(pair.double().square().mean())) / n)
+        # A standard error less than measured: the data must show that h varies more than it does near a Gaussian.
+        return 2 * lack / max(2 * lack, float(row.mean()) - mean**2 - error)
 
 
 _Side = tuple[Tensor, Tensor, Tensor, Tensor]
