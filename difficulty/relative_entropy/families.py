@@ -12,7 +12,14 @@ from torch import Tensor
 
 from difficulty.laws import GaussianMixture
 from difficulty.relative_entropy.fits import Block, Fit, GaussianBlock, MixtureBlock, ProductBlock
-from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit_scale_mixture, responsibilities
+from difficulty.relative_entropy.mixture import (
+    MixtureOptions,
+    fit_mixture,
+    fit_scale_mixture,
+    fit_student,
+    responsibilities,
+    student_scales,
+)
 from difficulty.relative_entropy.pairs import Pairs
 
 Array = npt.NDArray[np.float64]
@@ -32,7 +39,8 @@ class Candidate:
     """A family with its options.
 
     Args:
-        family: gaussian, mixture, scale, product or atoms.
+        family: gaussian, mixture, scale, student (one radius for all axes), product, student-product (a Student's t
+            along each of independent axes) or atoms.
         components: K.
         strength: weight of the pooled covariance of a mixture, in samples.
     """
@@ -46,12 +54,29 @@ class Candidate:
         """Whether all that is fitted beside a few means is one covariance."""
         return self.family == "gaussian" or (self.family == "mixture" and np.isinf(self.strength))
 
+    @property
+    def independent_axes(self) -> bool:
+        """Whether the axes are modelled one by one."""
+        return self.family in ("product", "student-product")
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether the law has power-law tails by itself, so that rows far out have little weight in its fit."""
+        return self.family in ("student", "student-product")
+
     def parameters(self, d: int) -> int:
         """Number of free parameters on d axes."""
         shape = d * (d + 1) // 2
         if self.family == "mixture":
             return self.components * d + (shape if np.isinf(self.strength) else self.components * shape)
-        others = {"gaussian": shape, "scale": shape + self.components, "product": 3 * self.components * d, "atoms": 0}
+        others = {
+            "gaussian": shape,
+            "scale": shape + self.components,
+            "student": shape + 1,
+            "product": 3 * self.components * d,
+            "student-product": 2 * d,
+            "atoms": 0,
+        }
         return d + others[self.family]
 
 
@@ -88,10 +113,13 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
     d, original = rows.shape[1], rows
     if candidate.family == "gaussian":
         return Fit([(slice(0, d), _gaussian(rows, counts))])
-    if candidate.family == "product":
+    if candidate.independent_axes:
         # The axes are searched in the same rows: axes found in all of them would hide the error of finding them.
         axes = independent_axes(rows, counts, plan.seed)
-        weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor)
+        if candidate.family == "product":
+            weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor)
+        else:
+            weights, means, variances = fit_student_axes(rows @ axes, counts, plan.floor)
         return Fit([(slice(0, d), ProductBlock(axes, weights, means, variances))])
     if candidate.family == "atoms":
         law = GaussianMixture(counts, rows, np.zeros((len(rows), 1, 1)) * np.eye(d))
@@ -105,17 +133,22 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
     inner = rows[:, :leading]
     if candidate.family == "scale":
         law = fit_scale_mixture(inner, counts, candidate.components, plan.floor)
+    elif candidate.family == "student":
+        location, shape, nu = fit_student(inner, counts, plan.floor)
+        mass, scales = student_scales(nu, leading)
+        law = GaussianMixture(mass, np.tile(location, (len(mass), 1)), scales[:, None, None] * shape)
     else:
         start: Tensor | None = None
         if like is not None:
-            block = like.blocks[0][1]
-            assert isinstance(block, MixtureBlock)
+            fitted = like.blocks[0][1]
+            assert isinstance(fitted, MixtureBlock)
             earlier = original if like.axes is None else original @ like.axes.numpy()
-            start = responsibilities(block.law, earlier[:, :leading])
+            start = responsibilities(fitted.law, earlier[:, :leading])
         options = MixtureOptions(candidate.components, candidate.strength)
         iterations = COLD_ITERATIONS if start is None else WARM_ITERATIONS
         law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start, iterations)
-    blocks: list[tuple[slice, Block]] = [(slice(0, leading), MixtureBlock(law))]
+    block = MixtureBlock(law, heavy_tailed=candidate.family in ("scale", "student"))
+    blocks: list[tuple[slice, Block]] = [(slice(0, leading), block)]
     if leading < d:
         rest = rows[:, leading:]
         mean = np.average(rest, axis=0, weights=counts)
@@ -168,6 +201,19 @@ def fit_axes(
         log_joint = np.log(weights)[..., None] - 0.5 * (z / variances[..., None] + np.log(variances)[..., None])
         r = np.exp(log_joint - log_joint.max(1, keepdims=True))
         r /= r.sum(1, keepdims=True)
+    return weights, means, variances
+
+
+def fit_student_axes(x: Array, counts: Array, floor: float) -> tuple[Array, Array, Array]:
+    """Student's t along every column, as mixtures: weights, means, variances, each (d, K), weight 0 where K is less."""
+    fits = [fit_student(column[:, None], counts, floor) for column in x.T]
+    scales = [student_scales(nu, 1) for _, _, nu in fits]
+    most = max(len(mass) for mass, _ in scales)
+    weights, means, variances = np.zeros((3, len(fits), most))
+    variances += 1.0
+    for i, ((location, shape, _), (mass, factors)) in enumerate(zip(fits, scales, strict=True)):
+        weights[i, : len(mass)], means[i] = mass, location
+        variances[i, : len(mass)] = factors * shape[0, 0]
     return weights, means, variances
 
 

@@ -4,13 +4,14 @@ A fit is a product of blocks, so its relative entropies, time scores and log-den
     GaussianBlock   everything in closed form (F2)
     MixtureBlock    full-covariance mixture, F1 with draws of the fit
     ProductBlock    independent one-dimensional mixtures along rotated axes, quadrature
-Families below say how a block is fitted to rows; each is one function and one line in ``FAMILIES``.
+``families`` says how a block is fitted to rows.
 """
 
 __all__ = ["Block", "Fit", "GaussianBlock", "MixtureBlock", "ProductBlock", "null_block"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,36 +143,49 @@ def null_block(sample: Sample) -> GaussianBlock:
 
 
 class MixtureBlock(Block):
-    """A Gaussian mixture with full covariances."""
+    """A Gaussian mixture with full covariances.
 
-    def __init__(self, law: GaussianMixture) -> None:
-        self.law = law
+    Args:
+        law: the mixture.
+        heavy_tailed: draw half of the points evenly from all components, and weigh them: the rare ones far out decide.
+    """
+
+    def __init__(self, law: GaussianMixture, *, heavy_tailed: bool = False) -> None:
+        self.law = self.proposal = law
+        if heavy_tailed:
+            weights = law.log_weights.exp().numpy()
+            self.proposal = copy(law)
+            self.proposal.log_weights = torch.from_numpy(0.5 * (weights + 1 / len(weights))).log()
 
     def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
+        x0, eps, weight = self._draw(samples, seed)
         forward, backward = [], []
-        for kernel in self._kernels(*self._draw(samples, seed)):
+        for kernel in self._kernels(x0, eps):
             forward.append(kernel.log_ratio(pairs.first, pairs.second))
             backward.append(kernel.log_ratio(pairs.second, pairs.first))
-        kl, error = kl_from_log_ratio(torch.cat(forward, 1))
-        kl_reverse, _ = kl_from_log_ratio(torch.cat(backward, 1))
+        kl, error = kl_from_log_ratio(torch.cat(forward, 1), weight)
+        kl_reverse, _ = kl_from_log_ratio(torch.cat(backward, 1), weight)
         return Measured(kl.numpy(), kl_reverse.numpy(), error.numpy())
 
     def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
-        kernels = self._kernels(*self._draw(samples, seed))
-        ratios = [kernel.log_ratio(pairs.first, pairs.second) for kernel in kernels]
-        return kl_from_log_ratio(torch.cat(ratios, 1))[0].numpy()
+        x0, eps, weight = self._draw(samples, seed)
+        ratios = [kernel.log_ratio(pairs.first, pairs.second) for kernel in self._kernels(x0, eps)]
+        return kl_from_log_ratio(torch.cat(ratios, 1), weight)[0].numpy()
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
-        flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
-        return torch.stack([flow.square().mean(1), (flow * dilation).mean(1), dilation.square().mean(1)], 1).numpy()
+        x0, eps, weight = self._draw(samples, seed)
+        flow, dilation, _ = self.evaluate(x0, eps, tau)
+        products = torch.stack([flow.square(), flow * dilation, dilation.square()])
+        return (products * weight).mean(2).T.numpy()
 
     def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        flow, dilation, _ = self.evaluate(*self._draw(samples, seed), tau)
-        return (flow - torch.from_numpy(beta)[:, None] * dilation).square().mean(1).numpy()
+        x0, eps, weight = self._draw(samples, seed)
+        flow, dilation, _ = self.evaluate(x0, eps, tau)
+        return ((flow - torch.from_numpy(beta)[:, None] * dilation).square() * weight).mean(1).numpy()
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
-        x0, eps = self._draw(samples, seed)
-        traces = [self.law.posterior_trace(x0 + s * eps, 1.0, float(s)).mean() for s in np.exp(tau)]
+        x0, eps, weight = self._draw(samples, seed)
+        traces = [(self.law.posterior_trace(x0 + s * eps, 1.0, float(s)) * weight).mean() for s in np.exp(tau)]
         return np.array([float(trace) for trace in traces])
 
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,12 +201,16 @@ class MixtureBlock(Block):
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         return self.law.sample(samples, generator)
 
-    def _draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 and noise, each (n, d), and the weights of the points, (n,)."""
         # A small mixture is cheap: more draws make up for the spread of the terms, which is wide in few dimensions.
         size = samples * self.law.dim * len(self.law.means)
         generator = torch_generator(FIT_STREAM, seed)
-        x0 = self.draw(samples * int(np.clip(SMALL / size, 1, 4)), generator)
-        return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+        x0 = self.proposal.sample(samples * int(np.clip(SMALL / size, 1, 4)), generator)
+        weight = torch.ones(len(x0), dtype=torch.float64)
+        if self.proposal is not self.law:
+            weight = (self.law.log_prob(x0, 1.0, 0.0) - self.proposal.log_prob(x0, 1.0, 0.0)).exp()
+        return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator), weight
 
     def _kernels(self, x0: Tensor, eps: Tensor) -> list[MixtureKernel]:
         n = len(x0)

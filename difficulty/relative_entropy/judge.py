@@ -89,7 +89,7 @@ class Judge:
         self.plan = Plan.of(sample.rank, sample.n, largest, pairs, settings.seed)
         small = sample.n >= 8 * sample.rank and 1 <= sample.rank <= MOST_AXES
         if not (small and has_independent_axes(sample.rows, sample.counts, settings.seed)):
-            pool = [c for c in pool if c.family != "product"]
+            pool = [c for c in pool if not c.independent_axes]
         self.pool = pool
         # Beyond this noise every law is Gaussian to all digits, and s itself may be infinite.
         self.tau = np.minimum(self.anchors.tau, 0.5 * np.log(sample.second_moment + 1e-30) + 7)
@@ -206,14 +206,19 @@ class Judge:
         doubt = np.sqrt(doubt / total)
         capacity, far = self._capacity(names, best, replicated), self._far_rows(names, best, replicated)
         doubt = np.sqrt(doubt**2 + capacity**2 + far**2)
-        error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2)
         test = Tested(
             pick({i: tested[i].second_moment for i in winners}),
             self._highest_bound(tested, weight),
             pick({i: tested[i].cross for i in winners}),
         )
+        lacking = self._lacking()
+        # A refuted fit is off by what its cumulants lack, and by what a narrower spread of the time score adds to first
+        # order.
+        narrow = np.where(lacking[:, 0] > 0, (-test.second_moment[:, 0]).clip(min=0.0), 0.0)
+        refuted = lacking[:, 0].clip(min=0.0) / np.exp(log_kl) + narrow
+        error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2)
         chosen = [names[i] for i in best]
-        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, self._lacking(), chosen)
+        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, lacking, chosen)
 
     def _long_step(self, fitted: Replicated) -> Array:
         """Log of the KL of a fit over its 1/2 E[f^2] in the middle of the pair; 0 where the step is small, (m,)."""
@@ -276,6 +281,8 @@ class Judge:
         far = np.argsort((x**2).sum(1))[len(x) - few :]
         kept = np.setdiff1d(np.arange(len(x)), far)
         for i in set(best.tolist()):
+            if names[i].heavy_tailed:
+                continue
             rows = np.flatnonzero(best == i)
             change[rows] = np.abs(log_of(self._whole(names[i], rows, kept)) - log_of(replicated[i].kl[rows]))
         return change

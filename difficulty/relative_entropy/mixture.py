@@ -7,7 +7,7 @@ Unlike a library fit this one takes counts, shrinks the covariance of a small co
 and is the same in every rotated coordinate system: k-means with distances only, no axis is special.
 """
 
-__all__ = ["MixtureOptions", "fit_mixture", "fit_scale_mixture", "responsibilities"]
+__all__ = ["MixtureOptions", "fit_mixture", "fit_scale_mixture", "fit_student", "responsibilities", "student_scales"]
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import gammaln
+from scipy.stats import gamma
 from torch import Tensor
 
 from difficulty.laws import GaussianMixture
 
 Array = npt.NDArray[np.float64]
+
+# Degrees of freedom of Student's t that are tried: below the first there is hardly a variance, above the second it is a
+# Gaussian to most samples.
+FEWEST_FREEDOM, MOST_FREEDOM = 2.5, 100.0
+# Scales that stand for its mixing law: their largest distance in log variance, their number, and the mass that is left
+# out at either end.
+SCALE_STEP, MOST_SCALES, TAIL_MASS = 0.4, 64, 1e-7
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,63 @@ def fit_scale_mixture(
     return GaussianMixture(
         weights.numpy(), mean.expand(len(scales), d).numpy(), (scales[:, None, None] * shape).numpy()
     )
+
+
+def fit_student(rows: Array, counts: Array, floor: float, iterations: int = 60) -> tuple[Array, Array, float]:
+    """Multivariate Student's t by maximum likelihood: location (d,), shape (d, d) and degrees of freedom nu.
+
+    Expectation-maximisation with the weights (nu + d)/(nu + distance) of the rows; nu maximises the likelihood itself
+    after every step (Liu and Rubin's ECME).
+
+    Args:
+        rows, counts, floor: as in ``fit_mixture``.
+        iterations: at most; it stops when location and shape predict the distances to 1e-4.
+    """
+    d, total = rows.shape[1], counts.sum()
+    location = counts @ rows / total
+    centred = rows - location
+    shape = (centred * counts[:, None]).T @ centred / total + floor * np.eye(d)
+    nu, distance = 8.0, _distance(centred, shape)
+    for _ in range(iterations):
+        weight = counts * (nu + d) / (nu + distance)
+        location = weight @ rows / weight.sum()
+        centred = rows - location
+        shape = (centred * weight[:, None]).T @ centred / total + floor * np.eye(d)
+        previous, distance = distance, _distance(centred, shape)
+        nu = _freedom(distance, counts, d)
+        if np.abs(np.log((distance + d) / (previous + d))).max() < 1e-4:
+            break
+    return location, shape, nu
+
+
+def student_scales(nu: float, d: int) -> tuple[Array, Array]:
+    """Student's t in d dimensions as a mixture of Gaussians: weights and factors of the shape, (K,) each.
+
+    The factor v is the inverse of u ~ Gamma(nu/2, rate nu/2). The trapezoidal rule in log v, where the density of x
+    given v is as wide as log |x|^2 scatters, sqrt(2/d): at steps no longer than that its error does not matter.
+    """
+    mixing = gamma(nu / 2, scale=2 / nu)
+    low, high = -np.log(mixing.ppf([1 - TAIL_MASS, TAIL_MASS]))
+    number = math.ceil((high - low) / min(SCALE_STEP, math.sqrt(2 / d)))
+    nodes = np.linspace(low, high, min(max(number, 8), MOST_SCALES))
+    weights = mixing.pdf(np.exp(-nodes)) * np.exp(-nodes)
+    return weights / weights.sum(), np.exp(nodes)
+
+
+def _freedom(distance: Array, counts: Array, d: int) -> float:
+    """The degrees of freedom that make the distances likeliest."""
+
+    def loss(log_nu: float) -> float:
+        nu = math.exp(log_nu)
+        constant = float(gammaln((nu + d) / 2) - gammaln(nu / 2) - d / 2 * math.log(nu))
+        return float((nu + d) / 2 * (counts @ np.log1p(distance / nu)) - constant * counts.sum())
+
+    bounds = (math.log(FEWEST_FREEDOM), math.log(MOST_FREEDOM))
+    return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x))
+
+
+def _distance(centred: Array, shape: Array) -> Array:
+    return _mahalanobis(torch.from_numpy(centred), torch.from_numpy(shape)).numpy()
 
 
 def responsibilities(law: GaussianMixture, rows: Array) -> Tensor:

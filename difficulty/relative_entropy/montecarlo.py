@@ -23,10 +23,17 @@ def nonnegative_terms(log_ratio: Tensor) -> Tensor:
     return torch.where(log_ratio.abs() < 1e-4, series, direct)
 
 
-def kl_from_log_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """KL in nats and its standard error, each (m,), from log-ratios (m, n) at n points drawn from the first law."""
+def kl_from_log_ratio(log_ratio: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """KL in nats and its standard error, each (m,), from log-ratios (m, n) at n points drawn from the first law.
+
+    Args:
+        log_ratio: of the first law to the second.
+        weight: of points drawn from another law, their ratio of densities (n,), with mean 1.
+    """
     n = log_ratio.shape[1]
     candidates = torch.stack([nonnegative_terms(log_ratio), log_ratio])
+    if weight is not None:
+        candidates = candidates * weight
     mean, error = candidates.mean(2), candidates.std(2) / n**0.5
     relative = torch.where(mean > 0, error / mean.abs().clamp(min=1e-300), torch.inf)
     relative = torch.where(torch.isfinite(relative), relative, torch.inf)

@@ -137,7 +137,8 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
             "too few samples for so many dimensions: half of them span fewer directions than all",
         ),
         (
-            np.full(len(noise), not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
+            ~np.array([candidate.heavy_tailed for candidate in found.family])
+            & (not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
             "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
         ),
         (hidden > LIMITS.unseen * kl, ROUGHER),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.special import i0e, logsumexp
-from scipy.stats import ortho_group, spearmanr
+from scipy.stats import multivariate_t, ortho_group, spearmanr
 
 from difficulty.datasets import Dataset, split_samples
 from difficulty.errors import InputError
@@ -16,9 +16,10 @@ from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import kl_of_law, law_draws
 from difficulty.relative_entropy.families import has_independent_axes
+from difficulty.relative_entropy.fits import MixtureBlock
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.kernel import MixtureKernel
-from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture
+from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit_student, student_scales
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import make_pairs, upper_bound
 from difficulty.relative_entropy.refits import gaussian_log_error
@@ -566,3 +567,44 @@ def test_the_empirical_estimator_counts_the_directions_in_which_data_do_not_vary
     truth = kl(exact_dataset(law), "vp-linear", pairs=pairs).kl
     found = kl(split_samples("ring", samples_of(law, 3000)), "vp-linear", estimator="empirical", pairs=pairs)
     np.testing.assert_allclose(found.kl, truth, rtol=0.15)
+
+
+# -- heavy tails -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nu", "d"), [(3.0, 1), (4.0, 16), (8.0, 10), (30.0, 64)])
+def test_student_is_a_mixture_of_scales_to_four_digits_of_its_density_and_its_fit_finds_it(nu, d):
+    weights, scales = student_scales(nu, d)
+    law = GaussianMixture(weights, np.zeros((len(weights), d)), scales[:, None, None] * np.eye(d))
+    rows = multivariate_t(np.zeros(d), np.eye(d), nu, seed=1).rvs(3000).reshape(3000, d)
+    exact = multivariate_t(np.zeros(d), np.eye(d), nu).logpdf(rows)
+    np.testing.assert_allclose(law.log_prob(torch.from_numpy(rows), 1.0, 0.0), exact, atol=5e-3)
+    location, shape, found = fit_student(rows, np.ones(3000), 1e-9)
+    assert abs(np.log(found / nu)) < 0.3
+    np.testing.assert_allclose(location, np.zeros(d), atol=0.15)
+    np.testing.assert_allclose(shape, np.eye(d), atol=0.15)
+
+
+def test_weighted_draws_of_a_law_with_rare_wide_components_give_the_same_relative_entropy():
+    weights, scales = student_scales(4.0, 3)
+    law = GaussianMixture(weights, np.zeros((len(weights), 3)), scales[:, None, None] * np.eye(3))
+    pairs = make_pairs(get_process("vp-linear"), [40, 200, 500])
+    plain, weighted = (MixtureBlock(law, heavy_tailed=heavy).measure(pairs, 40_000, 0) for heavy in (False, True))
+    assert (np.abs(plain.kl - weighted.kl) < 4 * np.hypot(plain.error, weighted.error)).all()
+    assert (weighted.error < plain.error).all()
+    tau = pairs.tau
+    profiles = [MixtureBlock(law, heavy_tailed=heavy).profile(tau, 40_000, 0) for heavy in (False, True)]
+    np.testing.assert_allclose(*profiles, rtol=0.1)
+
+
+def test_heavy_tails_are_measured_where_a_student_fits_them():
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((4000, 8)) / np.sqrt(rng.chisquare(5, (4000, 8)) / 5)
+    pairs = [100, 150, 320, 550]
+    table = kl(split_samples("heavy", rows.astype(np.float32)), "vp-linear", pairs=pairs)
+    weights, scales = student_scales(5.0, 1)
+    one = GaussianMixture(weights, np.zeros((len(weights), 1)), scales[:, None, None])
+    truth = 8 * kl(exact_dataset(one), "vp-linear", pairs=pairs, samples=200_000).kl
+    assert table.valid.all()
+    assert (table.estimator == "student-product").all()
+    np.testing.assert_allclose(table.kl, truth, rtol=0.15)
