@@ -133,7 +133,6 @@ def probe(
     grid: Literal["t", "log-snr"] = "t",
     draws: int = 1024,
     floor_from: Path | None = None,
-    batch: int = 64,
     json: bool = False,
 ) -> None:
     """Judge an existing checkpoint on every denoising task, on fixed held-out draws.
@@ -150,7 +149,6 @@ def probe(
         grid: tasks of equal length in t, or in log-SNR.
         draws: fixed draws per task.
         floor_from: folder of `difficulty measure` with the same data, process, tasks and draws.
-        batch: samples at a time.
         json: print ranking.json on standard output.
     """
     from difficulty.probe import probe as run
@@ -158,7 +156,7 @@ def probe(
     bars = StageBars()
     try:
         found = run(
-            model, data, process, out=out, tasks=tasks, grid=grid, draws=draws, floor_from=floor_from, batch=batch,
+            model, data, process, out=out, tasks=tasks, grid=grid, draws=draws, floor_from=floor_from,
             progress=lambda done, total: bars("tasks", done, total),
         )  # fmt: skip
     finally:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ PROBE_COLUMNS: Mapping[str, type] = {
     "floor_kind": str, "excess_nats": float, "excess_se": float, "ci_low": float, "ci_high": float,
     "linear_loss": float, "untrained": bool,
 }  # fmt: skip
+# Draws that a model gets at a time, always as many: a matrix product rounds by its size, and the losses must not depend
+# on how they were computed.
+GROUP = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,6 @@ def probe(
     grid: str = "t",
     draws: int = 1024,
     floor_from: Path | None = None,
-    batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
     """Judge a trained model on every task and write a probe folder.
@@ -77,7 +80,6 @@ def probe(
         tasks, grid: see ``make_tasks``.
         draws: fixed draws per task.
         floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
-        batch: samples at a time; changes memory, speed, and losses by rounding (about 1e-9 of their value).
         progress: called with (tasks done, in all).
 
     Raises:
@@ -86,7 +88,7 @@ def probe(
     model = model if isinstance(model, TrainedModel) else load_model(model)
     dataset, out = load_dataset(data), Path(out)
     chosen = _process_of(model, process)
-    prober = Prober(dataset, chosen, tasks, grid, draws=draws, floor_from=floor_from, batch=batch)
+    prober = Prober(dataset, chosen, tasks, grid, draws=draws, floor_from=floor_from)
     prober.check(model)  # refused here, before anything is written, if it does not fit
     config = {
         "model": model.name,
@@ -129,10 +131,9 @@ class Prober:
         tasks, grid: see ``make_tasks``.
         draws: fixed draws per task.
         floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
-        batch: samples at a time; changes memory, speed, and losses by rounding (about 1e-9 of their value).
 
     Raises:
-        InputError: if draws or batch are too small or the floor is of something else.
+        InputError: if draws are too few or the floor is of something else.
     """
 
     def __init__(
@@ -144,11 +145,10 @@ class Prober:
         *,
         draws: int = 1024,
         floor_from: Path | None = None,
-        batch: int = 64,
     ) -> None:
-        if draws < 2 or batch < 1:
-            raise InputError(f"draws must be at least 2 and batch at least 1, got {draws} and {batch}")
-        self.process, self.batch = process, batch
+        if draws < 2:
+            raise InputError(f"draws must be at least 2, got {draws}")
+        self.process = process
         self.tasks = make_tasks(process, tasks, grid)
         self.draws = heldout_draws(dataset, self.tasks, draws)
         best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
@@ -162,7 +162,7 @@ class Prober:
 
     def check(self, model: TrainedModel) -> None:
         """Raise InputError unless the model maps samples of the data to their shape."""
-        self._estimate(model, 0, slice(0, 1))
+        self._estimate(model, 0, np.arange(1))
 
     def __call__(
         self, model: TrainedModel, progress: Callable[[int, int], None] | None = None
@@ -171,9 +171,11 @@ class Prober:
         estimates = torch.empty_like(self.draws.eps)
         count = estimates.shape[1]
         for k in range(len(self.tasks)):
-            for start in range(0, count, self.batch):
-                rows = slice(start, start + self.batch)
-                estimates[k, rows] = self._estimate(model, k, rows)
+            for start in range(0, count, GROUP):
+                # The last group is filled up with its first draw.
+                rows = np.arange(start, start + GROUP)
+                filled = self._estimate(model, k, np.where(rows < count, rows, start))
+                estimates[k, start : start + GROUP] = filled[: count - start]
             if progress is not None:
                 progress(k + 1, len(self.tasks))
         losses = _squared(estimates, self.draws.eps)
@@ -200,7 +202,7 @@ class Prober:
         known = None if self.posterior is not None else joint_floor([self.floor, losses])
         return pd.DataFrame(columns, columns=list(PROBE_COLUMNS)), known
 
-    def _estimate(self, model: TrainedModel, task: int, rows: slice) -> Tensor:
+    def _estimate(self, model: TrainedModel, task: int, rows: npt.NDArray[np.int64]) -> Tensor:
         """The model's estimate of eps at some draws of a task."""
         x0, eps, t = self.draws.x0[task, rows], self.draws.eps[task, rows], self.draws.t[task, rows]
         shape = (-1, *(1,) * (x0.ndim - 1))

@@ -17,7 +17,7 @@ from difficulty.errors import InputError
 from difficulty.laws import gaussian
 from difficulty.models import TrainedModel, load_denoiser, load_model, save_denoiser
 from difficulty.networks import build_network
-from difficulty.probe import probe
+from difficulty.probe import Prober, probe
 from difficulty.process import get_process
 from difficulty.schedulers import process_from_scheduler
 
@@ -56,15 +56,26 @@ def test_the_zero_function_loses_the_whole_noise_and_is_called_untrained(tmp_pat
     assert "hardly trained there" in found.ranking.verdict[-1]
 
 
-def test_the_batch_size_changes_rounding_alone(tmp_path):
+def test_the_model_always_gets_groups_of_one_size_and_every_draw_counts_once(tmp_path):
     data = load_dataset("digits")
     model = Denoiser(build_network("unet:width=8", data.shape, 0), PROCESS, "v", 0.7)
-    trained = TrainedModel("own", PROCESS, model.eps)
-    tables = [
-        probe(trained, data, out=tmp_path / str(batch), tasks=3, draws=50, batch=batch).table for batch in (1, 7, 64)
-    ]
-    for other in tables[1:]:
-        np.testing.assert_allclose(other["heldout_loss"], tables[0]["heldout_loss"], rtol=1e-6)
+    sizes = []
+
+    def eps(x, t):
+        sizes.append(len(x))
+        return model.eps(x, t)
+
+    prober = Prober(data, PROCESS, 3, draws=50)
+    table, _ = prober(TrainedModel("own", PROCESS, eps))
+    assert set(sizes) == {16}
+    draws, one = prober.draws, torch.arange(50)
+    for k, loss in enumerate(table["heldout_loss"]):
+        t = draws.t[k]
+        tables = (torch.as_tensor(a, dtype=torch.float32) for a in (PROCESS.alpha, PROCESS.sigma))
+        alpha, sigma = (scales[t][:, None, None, None] for scales in tables)
+        with torch.no_grad():
+            found = model.eps(alpha * draws.x0[k, one] + sigma * draws.eps[k, one], t)
+        assert float((found - draws.eps[k]).square().sum((1, 2, 3)).mean()) == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_denoiser_is_read_back_as_it_was_written(tmp_path):
