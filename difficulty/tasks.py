@@ -71,13 +71,15 @@ def make_tasks(process: Process, count: int = 20, grid: str = "t") -> list[Task]
     Raises:
         InputError: if the grid is unknown or there are more tasks than timesteps.
     """
-    if not 1 <= count <= process.T:
-        raise InputError(f"the number of tasks must lie in 1..T = {process.T}, got {count}")
+    # Pure noise, where alpha is 0, is no task by itself: it joins the last one.
+    noisiest, name = (process.T, "T") if process.alpha[-1] > 0 else (process.T - 1, "T - 1")
+    if not 1 <= count <= noisiest:
+        raise InputError(f"the number of tasks must lie in 1..{name} = {noisiest}, got {count}")
     edges = np.floor(choose("task grid", grid, GRIDS)(process, count) + 1e-9).astype(int)
     steps = np.arange(count + 1)
     # The nearest increasing edges from below, then from above, so that every task keeps at least one timestep.
     edges = np.maximum.accumulate(edges - steps) + steps
-    edges = np.minimum(edges, process.T - steps[::-1])
+    edges = np.append(np.minimum(edges, noisiest - steps[::-1])[:-1], process.T)
     high, low = process.log_snr(edges[:-1] + 1), process.log_snr(edges[1:])
     return [
         Task(k, int(edges[k]) + 1, int(edges[k + 1]), float(high[k]), float(low[k])) for k in range(count)

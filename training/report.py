@@ -139,12 +139,15 @@ def _order(folder: Path, config: dict[str, Any], effects: pd.DataFrame) -> Secti
     table = read_table(folder / "order.csv", EFFECT_COLUMNS)
     if table.empty:
         return Section("Order or exposure", ["No arm copies the exposure of another, so this was not asked."])
-    copy_of = arms_without_order(config["arms"])
+    copy_of, baseline = arms_without_order(config["arms"]), next(iter(config["arms"]))
     verdicts = {(row["arm"], row["lr_schedule"], row["metric"]): row["verdict"] for row in effects.to_dict("records")}
     sentences = []
     for row in table.to_dict("records"):
-        where = (row["lr_schedule"], row["metric"])
-        answer = order_or_exposure(verdicts[row["arm"], *where], row["verdict"], verdicts[copy_of[row["arm"]], *where])
+        where, copied = (row["lr_schedule"], row["metric"]), copy_of[row["arm"]]
+        if baseline in (row["arm"], copied):
+            answer = f"one of the two is the baseline, so nothing else is known of {row['arm']} and {copied}"
+        else:
+            answer = order_or_exposure(verdicts[row["arm"], *where], row["verdict"], verdicts[copied, *where])
         sentences.append(
             f"{row['arm']}, {row['metric']}, learning rate {row['lr_schedule']}: {answer} (against its own histogram "
             f"of t without order: {_in_words(row)})."

@@ -13,6 +13,7 @@ from difficulty.tasks import GRIDS, make_tasks, task_of_t
 @pytest.mark.parametrize("count", [1, 7, 20, 1000])
 def test_tasks_cover_every_timestep_once(process, grid, count):
     process = get_process(process)
+    count = min(count, process.T - int(process.alpha[-1] == 0))  # pure noise alone is no task
     tasks = make_tasks(process, count, grid)
     covered = np.concatenate([np.arange(task.first, task.last + 1) for task in tasks])
     np.testing.assert_array_equal(covered, np.arange(1, process.T + 1))
@@ -41,3 +42,10 @@ def test_an_impossible_number_of_tasks_is_refused(count):
 def test_an_unknown_grid_lists_the_known_ones():
     with pytest.raises(InputError, match="t, log-snr"):
         make_tasks(get_process("vp-linear"), 5, "sigma")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_pure_noise_joins_the_last_task(grid):
+    with pytest.raises(InputError, match=r"number of tasks must lie in 1\.\.T - 1 = 19"):
+        make_tasks(get_process("flow-matching:T=20"), 20, grid)
+    assert make_tasks(get_process("flow-matching:T=20"), 19, grid)[-1].first == 19

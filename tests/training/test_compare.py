@@ -164,6 +164,12 @@ def test_order_is_judged_against_the_same_exposure_with_the_same_weight(gaussian
     assert f"curriculum, nats, learning rate cosine: {answer} (against its own" in write_report(tmp_path)[0].read_text()
 
 
+def test_order_is_told_of_a_baseline_too(gaussian, process, curriculum, tmp_path):
+    compare(gaussian, process, ["curriculum", "static"], curriculum=curriculum, out=tmp_path, **SMALL)
+    text = write_report(tmp_path)[0].read_text()
+    assert "one of the two is the baseline, so nothing else is known of curriculum and static (against its own" in text
+
+
 def test_arms_that_would_share_a_file_are_refused_before_anything_is_written(gaussian, process, tmp_path):
     with pytest.raises(InputError, match="arms 'a/c' and 'a-c' would share one file"):
         compare(gaussian, process, {"a/c": ArmSpec(), "a-c": ArmSpec(weight="p2")}, out=tmp_path / "new", **SMALL)
