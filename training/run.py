@@ -144,6 +144,7 @@ def train(
             loss = trainer.step()
         except (Diverged, DataLost) as error:
             # All processes see that the loss diverged; data may be lost to one alone, and saving needs all of them.
+            trainer.sampler.take_back(trainer.done)
             alone = world > 1 and isinstance(error, DataLost)
             good = None if alone else trainer.state_dict()
             if rank == 0 and good is not None:

@@ -99,6 +99,7 @@ class TimestepSampler:
         self.stage_tasks = stages
         self.records: list[StageRecord] = []
         self.counts = np.zeros(self.T + 1, dtype=np.int64)
+        self._last = -1, self.counts
         self._enter(0, 0)
 
     @property
@@ -135,9 +136,17 @@ class TimestepSampler:
         if self.stratified:
             u = (np.arange(batch * world) + u) / (batch * world)
         whole = self.cdf.searchsorted(u, side="right")
-        self.counts += np.bincount(whole, minlength=self.T + 1)
+        self._last = step, np.bincount(whole, minlength=self.T + 1)
+        self.counts += self._last[1]
         t = torch.from_numpy(whole[rank * batch : (rank + 1) * batch])
         return t.to(device), self.weight_of_t[t].to(device)
+
+    def take_back(self, step: int) -> None:
+        """Do not count the draws of an iteration that came to nothing and will be drawn again."""
+        last, drawn = self._last
+        if last == step:
+            self.counts -= drawn
+            self._last = -1, drawn
 
     def advance(self, step: int) -> None:
         """Go to the stage and the base density of iteration ``step``; ``sample`` does this by itself."""

@@ -199,6 +199,10 @@ def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian
     denoiser, _ = restore(tmp_path / "run")
     assert all(torch.isfinite(weight).all() for weight in denoiser.parameters())
     assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
+    # On clean data the run goes on as if nothing had happened; the draws of the failed step count once.
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, resume="auto")
+    train(gaussian, process, PLAN, tmp_path / "undisturbed", cadence=CADENCE)
+    assert _result(tmp_path / "run") == _result(tmp_path / "undisturbed")
 
 
 def test_folder_of_another_run_or_another_command_is_refused(gaussian, process, one_cluster, tmp_path):
