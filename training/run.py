@@ -33,7 +33,8 @@ from difficulty.errors import InputError
 from difficulty.large import DataLost
 from difficulty.models import DENOISER_FILE, save_denoiser
 from difficulty.networks import build_network
-from difficulty.process import Process
+from difficulty.process import PROCESSES, Process
+from difficulty.process_file import read_process, write_process
 from difficulty.ranking import RankingTask
 from difficulty.records import RUN_FORMAT, finish_run, read_json, start_run, write_json, write_table
 from training.checkpoint import load_latest, save_checkpoint
@@ -232,7 +233,9 @@ def _open(
         "condition": trainer.conditioning.facts if trainer.conditioning else None,
     }
     if not (out / "run.json").exists():
-        return start_run(out, "train", config), None
+        run = start_run(out, "train", config)
+        write_process(out, trainer.process)
+        return run, None
     found = read_json(out / "run.json")
     if not isinstance(found, dict) or found.get("kind") != "train":
         raise InputError(f"{out} holds the results of another command; choose another output folder")
@@ -297,5 +300,8 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
     if config["condition"]:
         network = conditional_network(network, config["condition"])
     network.load_state_dict(state["ema"])
-    process = known_process(config["process"], f"the run in {folder}")
+    if config["process"].get("name") in PROCESSES:
+        process = known_process(config["process"], f"the run in {folder}")
+    else:
+        process = read_process(folder, config["process"])
     return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config

@@ -35,6 +35,7 @@ from training.conditional import Condition, ConditionalNetwork, Guided
 from training.streams import PRIOR, SAMPLER
 
 CHUNK = 1024  # samples per forward pass
+STEPS = 50  # unless asked for
 KARRAS_RHO = 7.0
 
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # x, t -> x0, eps
@@ -173,7 +174,7 @@ def draw_samples(
     *,
     seed: int,
     method: str = "ddim",
-    steps: int = 50,
+    steps: int | None = None,
     condition: Condition | None = None,
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
@@ -186,7 +187,8 @@ def draw_samples(
         shape: of one sample.
         seed: names the noise.
         method: a name in ``SAMPLERS``.
-        steps: steps of the grid; each takes one network evaluation, with heun and edm-heun two.
+        steps: steps of the grid, by default 50, or T where that is less; each takes one network evaluation, with heun
+            and edm-heun two.
         condition: wanted classes (count,) or captions for a conditional denoiser; None samples it without.
         guidance: see `conditional.py`; 1 is the conditional model itself.
 
@@ -205,7 +207,7 @@ def draw_samples(
     if condition is not None and not told:
         raise InputError("this model was trained without a condition; sample it without one")
     process = denoiser.process
-    grid = sampling_grid(process, steps, denoiser.prediction, method)
+    grid = sampling_grid(process, min(STEPS, process.T) if steps is None else steps, denoiser.prediction, method)
     models = [
         Guided(denoiser, condition[first : first + CHUNK].to(device), guidance)
         if condition is not None and isinstance(denoiser, Denoiser)

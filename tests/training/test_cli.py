@@ -44,6 +44,21 @@ def test_the_recipe_becomes_a_curriculum_that_a_run_trains_with(call, ranking, t
     assert "base density 2 of 2 takes over" in stages
 
 
+def test_a_run_of_a_process_from_a_file_needs_the_file_no_more_and_other_data_are_said_to_be_others(call, tmp_path):
+    u = np.linspace(0.02, 0.98, 40)
+    file, out = tmp_path / "mine.npz", tmp_path / "run"
+    np.savez(file, alpha=1 - u, sigma=u)
+    assert call("run", DATA, "--process", file, "--out", out, "--steps", "10", *SMALL)[0] == 0
+    file.unlink()
+    assert call("sample", out, "--count", "5", "--steps", "5")[0] == 0
+    for data, other in ((DATA, False), ("gaussian:dim=4,var=0.5,n=400", True)):
+        code, _, errors = call("evaluate", out, data, "--samples", "100", "--metrics", "sw-pixels")
+        assert (code, "is not the data that" in errors) == (0, other)
+    (out / "process.csv").write_text("t,alpha\n1,0.5\n")
+    code, _, errors = call("sample", out, "--count", "5", "--steps", "5")
+    assert (code, "process.csv" in errors) == (2, True)
+
+
 def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ranking, tmp_path):
     ranking.save(tmp_path / "ranking.json")
     curriculum, out = tmp_path / "c.json", tmp_path / "run"

@@ -30,7 +30,7 @@ def sample(
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     count: int = 64,
     method: str = "ddim",
-    steps: int = 50,
+    steps: int | None = None,
     labels: tuple[int, ...] = (),
     prompt: tuple[str, ...] = (),
     guidance: float = 1.0,
@@ -49,7 +49,7 @@ def sample(
         output: Array file .npz; a .png of the same name is drawn beside it. Default: samples.npz in the folder.
         count: Samples.
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
-        steps: Steps of the sampler.
+        steps: Steps of the sampler; by default 50, or T where that is less.
         labels: Wanted classes of a conditional run, repeated in turn; default: all of them.
         prompt: Wanted captions of a run with a text encoder, repeated in turn.
         guidance: Classifier-free guidance; 1 is the conditional model itself.
@@ -96,7 +96,7 @@ def evaluate(
     metrics: tuple[str, ...] = ("fd-pca", "kid-pca", "sw-pixels", "precision-pca", "recall-pca"),
     samples: int = 1000,
     method: str = "ddim",
-    steps: int = 50,
+    steps: int | None = None,
     guidance: float = 1.0,
     text_encoder: str | None = None,
     vae: str | None = None,
@@ -109,12 +109,12 @@ def evaluate(
 
     Args:
         folder: Folder of `training run`.
-        data: The data set that the run was trained on.
+        data: The data set that the run was trained on; another one of the same shape is said to be another.
         metrics: Of the samples: fd, kid, sw, precision or recall on pixels, pca, digits-cnn or inception, as in
             fd-pca. Each with its interval and its value between two halves of the data.
         samples: Samples that are judged.
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
-        steps: Steps of the sampler.
+        steps: Steps of the sampler; by default 50, or T where that is less.
         guidance: Of a conditional run, whose samples are also judged by a separate classifier, per class and per
             caption; captions that no training sample had are asked for as well, with as many samples.
         text_encoder: Where the run's text encoder is now, if it was moved.
@@ -130,6 +130,8 @@ def evaluate(
         dataset = latent_dataset(pictures, autoencoder, config["latents"]["posterior"])
     if list(dataset.shape) != config["shape"]:
         raise InputError(f"{folder} was trained on samples of shape {config['shape']}, {data} has {dataset.shape}")
+    if dataset.fingerprint != config["data"]:
+        warn(f"{data} is not the data that {folder} was trained on; the figures compare the run with other data")
     chosen = Curriculum.load(folder / "curriculum.json") if config["curriculum"] else None
     tasks = tasks_of(chosen, denoiser.process)
     told = told_of(folder, config, dataset, text_encoder)
@@ -146,6 +148,7 @@ def evaluate(
     drawn, obeyed = obedience(told, pictures, samples, draw)
     found = judge.evaluate(drawn)
     report: dict[str, Any] = {
+        "data": dataset.fingerprint,
         "nats": measured.nats,
         "nats_se": heldout.nats_error(measured),
         "loss": measured.loss,
