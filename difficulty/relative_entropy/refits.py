@@ -84,9 +84,9 @@ class Replicated:
 
     @property
     def spread(self) -> Array:
-        """Standard error of log KL_all."""
+        """Standard error of log KL without its bias, which is smaller than KL_all and varies as much."""
         logs = log_of(self.halves)
-        return np.sqrt(((logs[0::2] - logs[1::2]) ** 2).mean(0) / 4)
+        return np.sqrt(((logs[0::2] - logs[1::2]) ** 2).mean(0) / 4) * np.exp(self.bias.clip(0.0, 1.0))
 
 
 def gaussian_log_error(sample: Sample, pairs: Pairs, log_kl: Array) -> Array:

@@ -213,6 +213,7 @@ def test_a_folder_in_which_nothing_was_found_is_free_for_another_run(tmp_path, c
     assert not (out / "probe.csv").exists()
     function.write_text("def eps(x, t):\n    return 0 * x\n")
     assert run(*probed, "128") == 0
+    capsys.readouterr()
     assert "finished run with other settings" in refused(capsys, *probed, "64")
 
 

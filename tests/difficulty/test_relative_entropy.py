@@ -16,13 +16,13 @@ from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import kl_of_law, law_draws
 from difficulty.relative_entropy.families import has_independent_axes
-from difficulty.relative_entropy.fits import MixtureBlock
+from difficulty.relative_entropy.fits import Fit, MixtureBlock
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.mixture import MixtureOptions, fit_mixture, fit_student, student_scales
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import make_pairs, upper_bound
-from difficulty.relative_entropy.refits import gaussian_log_error
+from difficulty.relative_entropy.refits import Replicated, gaussian_log_error
 from difficulty.relative_entropy.sample import make_sample
 from difficulty.relative_entropy.score import (
     coarse_log_ratio,
@@ -608,3 +608,12 @@ def test_heavy_tails_are_measured_where_a_student_fits_them():
     assert table.valid.all()
     assert (table.estimator == "student-product").all()
     np.testing.assert_allclose(table.kl, truth, rtol=0.15)
+
+
+def test_the_spread_is_relative_to_what_is_left_without_the_bias():
+    # 1 + 2/n of a square that n samples make up: all rows give 3, halves 5, and the error is one of the 1 that is left.
+    halves = np.array([[5.2], [4.8], [5.2], [4.8]])
+    found = Replicated(Fit([]), np.full(1, 3.0), np.full(1, 3.0), np.zeros(1), np.full(1, 3.0), halves, None)
+    plain = (np.log(5.2) - np.log(4.8)) / 2
+    assert found.spread[0] == pytest.approx(plain * np.exp(found.bias[0]), rel=1e-12)
+    assert found.spread[0] / plain == pytest.approx(5 / 3, rel=0.01)
