@@ -314,8 +314,10 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
         lower_is_harder = "is not decided without the tasks that are flagged"
     else:
         lower_is_harder = "is not decided"
+    without = ", ".join(f"{task.first}..{task.last}" for task in tasks if np.isnan(centre[task.index]))
     return (
-        f"{name}: hardest t {hardest.first}..{hardest.last}, easiest t {easiest.first}..{easiest.last}; "
+        f"{name}: hardest t {hardest.first}..{hardest.last}, easiest t {easiest.first}..{easiest.last}"
+        f"{f', of those with a value (t {without} have none)' if without else ''}; "
         f"{apart} of {len(order) - 1} neighbours in rank can be told apart at {TOLD_APART:.0%}; "
         f"'lower t is harder' {lower_is_harder} (tau {tau:+.2f} [{low:+.2f}, {high:+.2f}])."
     )

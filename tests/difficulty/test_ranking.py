@@ -59,7 +59,10 @@ def test_a_task_that_could_not_be_learned_is_ranked_hardest():
 def test_a_task_that_a_measure_says_nothing_about_is_not_ranked():
     value = np.arange(1.0, 11.0)
     value[3] = np.nan
-    measure = ranking_of(m=estimate(value, hardest_if_missing=False)).measures["m"]
+    ranking = ranking_of(m=estimate(value, hardest_if_missing=False))
+    measure = ranking.measures["m"]
+    without = f"{TASKS[3].first}..{TASKS[3].last}"
+    assert f"of those with a value (t {without} have none);" in ranking.verdict[0]
     assert 3 not in measure.order
     assert measure.rank[3] is None
     assert sorted(r for r in measure.rank if r) == list(range(1, 10))
