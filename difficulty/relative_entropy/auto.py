@@ -75,5 +75,6 @@ def candidates(sample: Sample) -> list[Candidate]:
     # In many dimensions a few scales are a few shells; a heavy tail needs more of them to be smooth.
     found += [Candidate("scale", k) for k in (2, 4, 8, 16) if k <= max(most, 4)]
     found += [Candidate("product", k) for k in (2, 4, 8, 16)]
-    found += [Candidate("student"), Candidate("student-product")]
+    found += [Candidate("student")] if most >= 1 else []
+    found.append(Candidate("student-product"))
     return found
