@@ -1,0 +1,82 @@
+"""Numbers in the text files under results/ are those of the tables beside them."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+
+RESULTS = Path(__file__).parents[1] / "results"
+COMPARISON = RESULTS / "comparison"
+TEXT = (COMPARISON / "README.md").read_text()
+# The recipe's name in the comparisons that were made after its choice.
+CHOSEN = "measured:root-long"
+
+
+def rows_below(heading):
+    """Cells of the table whose first line starts with a heading."""
+    lines = TEXT.split(f"\n| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def verdicts():
+    table = pd.read_csv(COMPARISON / "verdicts.csv")
+    return table.assign(arm=table["arm"].replace("measured", CHOSEN))
+
+
+def interval(row):
+    change, low, high = (100 * math.expm1(row[name]) for name in ("log_ratio", "ci_low", "ci_high"))
+    return f"{change:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def test_the_runs_that_are_listed_are_those_that_were_made():
+    listed = rows_below("setting | stage")
+    folders = {path.parent.relative_to(COMPARISON).as_posix() for path in COMPARISON.glob("*/*/run.json")}
+    assert {f"{setting}/{stage}" for setting, stage, *_ in listed} == folders
+    for setting, stage, *facts in listed:
+        run = json.loads((COMPARISON / setting / stage / "run.json").read_text())
+        config = run["config"]
+        arms, seeds, steps = len(config["arms"]), len(config["seeds"]), config["plan"]["steps"]
+        minutes = f"{run['wall_seconds'] / 60:.1f}"
+        assert facts == [str(arms), str(seeds), str(steps), " and ".join(config["lr_schedules"]), minutes], setting
+
+
+def test_the_recipe_against_its_aim_is_that_of_the_verdicts():
+    table = verdicts()
+    for setting, design, iterations, nats, frechet, wasserstein, aim in rows_below("setting | design"):
+        own = f"{setting}, fresh seeds"
+        own = own if (table["setting"] == own).any() else setting
+        found = table[(table["setting"] == own) & (table["arm"] == f"measured:{design}")]
+        found = found[found["lr_schedule"] == "cosine"].set_index("metric")
+        assert [nats, frechet, wasserstein] == [
+            interval(found.loc[name]) for name in ("nats", "fd-pixels", "sw-pixels")
+        ], (setting, design)
+        row = found.loc["nats"]
+        if row["reached"] < row["seeds"]:
+            assert iterations == f"not reached ({row['reached']:.0f} of {row['seeds']:.0f})"
+        else:
+            share, low, high = (100 * row[name] for name in ("share", "share_low", "share_high"))
+            assert iterations == f"{share:.1f} % ({low:.0f} to {high:.0f} %)"
+        fast = row["reached"] == row["seeds"] and row["share"] <= 0.5
+        # 95 % intervals of the change of sample quality below +5 %.
+        good = all(math.expm1(found.loc[name, "ci_high"]) < 0.05 for name in ("fd-pixels", "sw-pixels"))
+        assert aim == {(1, 1): "met", (1, 0): "iterations only", (0, 1): "quality only", (0, 0): "missed"}[fast, good]
+
+
+def test_the_orders_are_those_of_the_verdicts():
+    table = verdicts().query("metric == 'nats' and lr_schedule == 'cosine'")
+    for arm, *cells in rows_below("arm | linear, eps"):
+        for setting, cell in zip(("digits-mixture-linear-eps", "digits-mixture-cosine-v"), cells, strict=True):
+            both = table[table["setting"].isin([setting, f"{setting}, controls"]) & (table["arm"] == arm)]
+            assert cell in [interval(row) for row in both.to_dict("records")], (arm, setting)
+
+
+def test_the_gain_over_one_thread_is_that_of_the_table():
+    table = pd.read_csv(RESULTS / "experts-speed" / "table.csv").set_index(["network", "threads", "contender"])
+    text = " ".join((RESULTS / "experts-speed" / "README.md").read_text().split())
+    across, within = [], []
+    for network in ("MLP 2-D", "MLP 64-D"):
+        ms = table.loc[network]["ms"]
+        across.append(f"{ms[1]['plain loop'] / ms[2].min():.1f}")
+        within.append(f"{table.loc[network]['ratio'][2].max():.1f}")
+    assert f"is {across[0]} and {across[1]} times as fast instead of {within[0]} and {within[1]}" in text
