@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from difficulty.errors import InputError
-from difficulty.files import ARRAY_SUFFIXES, read_array_file, read_image_folder
-from difficulty.large import Large, Rows, open_large
+from difficulty.files import ARRAY_SUFFIXES, read_array_file
+from difficulty.large import ImageFolder, Large, Rows, open_large
 from difficulty.laws import GaussianMixture, Law, Ring
 from difficulty.laws import gaussian as gaussian_law
 from difficulty.records import fingerprint_array
@@ -106,7 +106,7 @@ def load_dataset(spec: "str | Path | Dataset", resident: int | None = None) -> D
     Args:
         spec: a name in ``DATASETS`` (``gaussian:dim=64,var=0.25``); a .npy, .npz, .pt or .safetensors file whose first
             axis counts samples; a folder of images; or ``hf:NAME`` or ``wds:PATTERN``, see `large.py`.
-        resident: train samples of the latter two that are kept in memory; by default as many as fill a gibibyte. If
+        resident: train samples of the latter three that are kept in memory; by default as many as fill a gibibyte. If
             there are more, ``large`` has all of them.
 
     Raises:
@@ -121,7 +121,7 @@ def load_dataset(spec: "str | Path | Dataset", resident: int | None = None) -> D
     path = Path(text).expanduser()
     if parse_spec(text)[0] not in DATASETS if ":" in text else text not in DATASETS:
         if path.is_dir():
-            return _from_folder(path)
+            return _from_large(text, ImageFolder(path), resident)
         if path.suffix.lower() in ARRAY_SUFFIXES or path.is_file():
             return _from_array_file(path)
     return build("dataset", text, DATASETS)
@@ -332,11 +332,6 @@ def _from_array_file(path: Path) -> Dataset:
         raise InputError(f"{path} does not exist; built-in data sets are {', '.join(DATASETS)}")
     samples, labels = read_array_file(path)
     return split_samples(str(path), samples, labels=labels)
-
-
-def _from_folder(path: Path) -> Dataset:
-    images, labels, captions = read_image_folder(path)
-    return split_samples(str(path), images, labels=labels, captions=captions, value_range=(-1.0, 1.0))
 
 
 def _from_large(name: str, rows: Rows, resident: int | None) -> Dataset:

@@ -1,8 +1,7 @@
-"""The user's files as arrays: array files, and folders of images with labels and captions."""
+"""The user's files of arrays."""
 
-__all__ = ["ARRAY_SUFFIXES", "read_array_file", "read_image_folder"]
+__all__ = ["ARRAY_SUFFIXES", "read_array_file"]
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from difficulty.errors import InputError, first_line
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
 Samples = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
@@ -82,59 +80,3 @@ def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     tensor = tensor.detach()
     # numpy has no bfloat16
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def read_image_folder(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None, list[str] | None]:
-    """Images below a folder, (n, C, H, W) in [-1, 1]; labels from its subfolders, captions from metadata.jsonl.
-
-    The latter holds a line ``{"file_name": ..., "text": ...}`` for each image.
-
-    Raises:
-        InputError: if there are no images, one cannot be read or differs in size, or a caption is missing.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    images, first = [], None
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                    pixels = np.asarray(image, dtype=np.float32) / 257
-                else:
-                    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{file} cannot be read as an image ({error}); mend or remove it") from None
-        first = first or (file, pixels.shape)
-        if pixels.shape != first[1]:
-            raise InputError(
-                f"images differ in size: {first[0]} has (height, width, channels) {first[1]}, {file} has "
-                f"{pixels.shape}; resize them to one size"
-            )
-        images.append(pixels)
-    stacked = np.stack(images).astype(np.float32) / 127.5 - 1.0
-    stacked = stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
-    folders = [file.parent.relative_to(path).as_posix() for file in files]
-    classes = sorted(set(folders))
-    labels = np.array([classes.index(f) for f in folders]) if len(classes) > 1 else None
-    return stacked, labels, _captions(path, files)
-
-
-def _captions(path: Path, files: list[Path]) -> list[str] | None:
-    metadata = path / "metadata.jsonl"
-    if not metadata.exists():
-        return None
-    texts: dict[str, str] = {}
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            texts[entry["file_name"]] = entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(f"{metadata} line {number} is not an object with file_name and text") from None
-    names = [file.relative_to(path).as_posix() for file in files]
-    missing = [name for name in names if name not in texts]
-    if missing:
-        raise InputError(f"{metadata} has no caption for {missing[0]} ({len(missing)} image(s) in all)")
-    return [texts[name] for name in names]

@@ -1,5 +1,7 @@
-"""Data sets larger than memory: images in tar shards or tables, of which only those are read that are asked for.
+"""Data sets larger than memory: images in folders, tar shards or tables, of which those are read that are asked for.
 
+    FOLDER        images at any depth, in the order of their names; subfolders are classes, and a metadata.jsonl with a
+                  line {"file_name": ..., "text": ...} for each image holds captions
     wds:PATTERN   uncompressed tar files as webdataset writes them: the members of a sample share their name up to the
                   first dot; .png/.jpg/.jpeg/.webp/.bmp or .npy holds the image, .cls a label, .txt a caption, .json an
                   object with label and text. PATTERN may hold * and {000..009}
@@ -10,7 +12,7 @@ Samples are read by number, in any order, so that a batch is a function of seed 
 Labels and captions are read once, when the data set is opened. Images are scaled to [-1, 1], arrays taken as they are.
 """
 
-__all__ = ["DataLost", "Large", "Rows", "open_large"]
+__all__ = ["DataLost", "ImageFolder", "Large", "Rows", "open_large"]
 
 import io
 import json
@@ -58,6 +60,9 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> Pixels:
         """One sample, shape (D,) or (C, H, W)."""
 
+    def place(self, row: int) -> str:
+        """Where a sample is, for a reader."""
+
 
 @dataclass(frozen=True, eq=False)
 class Large:
@@ -83,14 +88,15 @@ class Large:
             DataLost: if it can no longer be read.
             InputError: if it has another shape than the first, or is not finite.
         """
-        sample = self.rows[int(self.order[number])]
+        row = int(self.order[number])
+        sample, place = self.rows[row], self.rows.place(row)
         if sample.shape != self.shape:
             raise InputError(
-                f"samples differ in size: the first has shape {self.shape}, number {self.order[number]} has "
-                f"{sample.shape}; resize them to one size"
+                f"samples differ in size: {self.rows.place(0)} has shape {self.shape}, {place} has {sample.shape}; "
+                "resize them to one size"
             )
         if not np.isfinite(sample).all():
-            raise InputError(f"sample number {self.order[number]} has NaN or infinite values; remove it")
+            raise InputError(f"{place} has NaN or infinite values; remove it")
         return torch.from_numpy(sample)
 
     def read(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -107,6 +113,42 @@ class Large:
         """Caption of each train sample, if known."""
         captions = self.rows.captions
         return None if captions is None else tuple(captions[i] for i in self.order)
+
+
+class ImageFolder:
+    """Images below a folder, read from their files whenever they are asked for.
+
+    Raises:
+        InputError: if there are no images, or a caption is missing.
+    """
+
+    value_range: tuple[float, float] | None = (-1.0, 1.0)
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_MEMBERS)
+        if not self.files:
+            raise InputError(f"{folder} holds no images ({', '.join(IMAGE_MEMBERS)})")
+        names = [file.relative_to(folder).as_posix() for file in self.files]
+        folders = [name.rpartition("/")[0] for name in names]
+        classes = sorted(set(folders))
+        self.labels = np.array([classes.index(name) for name in folders]) if len(classes) > 1 else None
+        self.captions = _captions(folder / "metadata.jsonl", names)
+        sizes = [file.stat().st_size for file in self.files]
+        self.fingerprint = _hash(json.dumps([names, sizes, self.captions]))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Pixels:
+        file = self.files[row]
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise DataLost(f"{file} can no longer be read ({error.strerror or error})") from None
+        return _decoded(content, ".png", self.place(row))
+
+    def place(self, row: int) -> str:
+        return str(self.files[row])
 
 
 class TarShards:
@@ -143,7 +185,10 @@ class TarShards:
 
     def __getitem__(self, row: int) -> Pixels:
         shard, offset, length, kind = self.places[row]
-        return _decoded(self._read(self.paths[shard], offset, length), kind, f"sample {row} of {self.paths[shard]}")
+        return _decoded(self._read(self.paths[shard], offset, length), kind, self.place(row))
+
+    def place(self, row: int) -> str:
+        return f"sample {row} of {self.paths[self.places[row][0]]}"
 
     def _read(self, path: Path, offset: int, length: int) -> bytes:
         # Opened anew each time: a mapped file that is cut short would kill the process instead of being named.
@@ -219,8 +264,11 @@ class Table:
             entry = self.table[row][self.column]
             content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
         except Exception as error:  # pyarrow has its own errors beside OSError
-            raise DataLost(f"row {row} of hf:{self.name} can no longer be read ({error})") from None
-        return _decoded(content, ".png", f"row {row} of hf:{self.name}")
+            raise DataLost(f"{self.place(row)} can no longer be read ({error})") from None
+        return _decoded(content, ".png", self.place(row))
+
+    def place(self, row: int) -> str:
+        return f"row {row} of hf:{self.name}"
 
 
 KINDS: Mapping[str, Callable[[str], Rows]] = {"wds": TarShards, "hf": Table}
@@ -230,6 +278,22 @@ def open_large(spec: str) -> Rows | None:
     """The samples of ``wds:PATTERN`` or ``hf:NAME``; None if ``spec`` is neither."""
     kind, colon, rest = spec.partition(":")
     return KINDS[kind](rest) if colon and kind in KINDS else None
+
+
+def _captions(metadata: Path, names: list[str]) -> list[str] | None:
+    if not metadata.exists():
+        return None
+    texts: dict[str, str] = {}
+    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            texts[entry["file_name"]] = entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f"{metadata} line {number} is not an object with file_name and text") from None
+    missing = [name for name in names if name not in texts]
+    if missing:
+        raise InputError(f"{metadata} has no caption for {missing[0]} ({len(missing)} image(s) in all)")
+    return [texts[name] for name in names]
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -279,7 +343,10 @@ def _decoded(content: bytes, kind: str, name: str) -> Pixels:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB"))
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                pixels = np.asarray(image, dtype=np.float32) / 257
+            else:
+                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{name} cannot be read as an image ({error}); mend or remove it") from None
     scaled = pixels.astype(np.float32) / 127.5 - 1.0

@@ -51,7 +51,7 @@ def shards(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(pictures, tmp_path_factory):
-    """The same as a table of the `datasets` library."""
+    """The same as tables of the `datasets` library, and as a folder of images."""
     folder = tmp_path_factory.mktemp("table")
     columns = {
         "image": [Image.fromarray(p) for p in pictures[0]],
@@ -62,6 +62,13 @@ def table(pictures, tmp_path_factory):
     made.save_to_disk(str(folder / "arrow"))
     (folder / "parquet").mkdir()
     made.to_parquet(str(folder / "parquet" / "train.parquet"))
+    lines = []
+    for i, (pixels, label) in enumerate(zip(*pictures, strict=True)):
+        name = f"{label}/{i:04d}.png"
+        (folder / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "pictures" / name)
+        lines.append(json.dumps({"file_name": name, "text": f"number {i}"}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
@@ -71,10 +78,11 @@ def _spec(kind, shards, table):
         "wds with a star": f"wds:{shards}/s-*.tar",
         "arrow": f"hf:{table / 'arrow'}",
         "parquet": f"hf:{table / 'parquet'}",
+        "folder": str(table / "pictures"),
     }[kind]
 
 
-KINDS = ("wds", "wds with a star", "arrow", "parquet")
+KINDS = ("wds", "wds with a star", "arrow", "parquet", "folder")
 
 
 @pytest.mark.parametrize("kind", KINDS)

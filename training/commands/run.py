@@ -78,7 +78,7 @@ def run(
         data: Built-in data set, array file, folder of images, hf:NAME, or wds:PATTERN for tar shards.
         out: Folder of the run.
         curriculum: A curriculum.json, or none.
-        resident: Train samples of hf: and wds: data that are kept in memory; if there are more, all are read while
+        resident: Train samples of folders, hf: and wds: that are kept in memory; if there are more, all are read while
             training. Default: as many as fill a gibibyte.
         process: Forward process by name; default: that of the curriculum, or vp-linear.
         steps: Iterations.
