@@ -21,9 +21,13 @@ from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.refits import gaussian_log_error
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.verdict import LIMITS
 
 LEAST_ROWS = 100
-LARGEST_ERROR = 0.12  # on the log scale: what lets an interval promise 30 %
+SPLITS = 3
+DRAWS = 2000
+# Share of a bias that its correction leaves in doubt.
+BIAS_DOUBT = 0.5
 LARGEST = 10**8
 EMPIRICAL_STREAM = 41
 
@@ -40,26 +44,30 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
         raise InputError(f"the empirical estimator holds {sample.n} x {d}^2 numbers, too many; use estimator 'auto'")
     rows, counts = sample.rows + sample.mean, sample.counts
     kl, se, kl_reverse, effective = _measure(rows, counts, pairs, settings)
-    # Half the rows have twice the bias of all, and their differences are the spread (as in `judge.py`).
-    order = stream(EMPIRICAL_STREAM, settings.seed).permutation(sample.n)
+    # Half the rows have twice the bias of all, and their differences are the spread (as in `refits.py`).
+    rng = stream(EMPIRICAL_STREAM, settings.seed)
+    orders = [rng.permutation(sample.n) for _ in range(SPLITS)]
     halves = np.stack(
         [
-            _log(_measure(rows[half], counts[half], pairs, settings)[0])
-            for half in (order[: sample.n // 2], order[sample.n // 2 :])
+            [_log(_measure(rows[half], counts[half], pairs, settings)[0]) for half in np.array_split(order, 2)]
+            for order in orders
         ]
     )
-    bias, spread = halves.mean(0) - _log(kl), np.abs(halves[0] - halves[1]) / 2
-    # Two halves may agree by chance where the noise leaves little but the error of the mean.
+    bias = halves.mean((0, 1)) - _log(kl)
+    spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
+    # Halves may agree by chance where the noise leaves little but the error of the mean.
     spread = np.maximum(spread, gaussian_log_error(sample, pairs, _log(kl)))
     null = null_block(sample).measure(pairs, 0, 0)
+    raw, kl = kl, kl * np.exp(-bias)
     total = kl + null.kl
-    error = kl / total * np.sqrt((se / np.maximum(kl, 1e-300)) ** 2 + spread**2 + bias**2)
+    error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + (BIAS_DOUBT * bias) ** 2)
     low, high = log_interval(total, error)
-    sharp, unsure = effective < LEAST_ROWS, error > LARGEST_ERROR
+    sharp, unsure = effective < LEAST_ROWS, error > LIMITS.error
     reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")
+    reason = np.where(np.abs(bias) > LIMITS.bias, "too few samples: half of them give a much different value", reason)
     reason = np.where(sharp, f"fewer than {LEAST_ROWS} rows are blurred into each other at this noise", reason)
     name, unknown = np.full(len(pairs), "empirical", dtype=object), np.full(len(pairs), np.nan)
-    reverse = kl_reverse + null.kl_reverse
+    reverse = kl_reverse * np.exp(-bias) + null.kl_reverse
     return Estimate(total, reverse, total * error, low, high, unknown, name, reason == "", reason.astype(object))
 
 
@@ -68,7 +76,7 @@ def _measure(rows: Array, counts: Array, pairs: Pairs, settings: Settings) -> tu
     n, d = rows.shape
     law = GaussianMixture(counts, rows, np.zeros((n, d, d)))
     generator = torch_generator(EMPIRICAL_STREAM, settings.seed)
-    x0 = law.sample(min(settings.samples, 1000), generator)
+    x0 = law.sample(min(settings.samples, DRAWS), generator)
     kernel = MixtureKernel(law, x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator))
     forward = [kernel.log_ratio(pairs.first[[i]], pairs.second[[i]]) for i in range(len(pairs))]
     back = [kernel.log_ratio(pairs.second[[i]], pairs.first[[i]]) for i in range(len(pairs))]

@@ -11,7 +11,7 @@ from scipy.stats import ortho_group
 from difficulty.datasets import load_dataset
 from difficulty.process import get_process
 from difficulty.relative_entropy.auto import candidates
-from difficulty.relative_entropy.cumulants import DRAWS, _kernel, _Level, _side, lacking
+from difficulty.relative_entropy.cumulants import DRAWS, _kernel, _norm_squared, _side, lacking
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.families import Candidate
 from difficulty.relative_entropy.judge import Judge
@@ -43,41 +43,18 @@ def hermite(k, x, c):
 @pytest.mark.parametrize("k", [3, 4])
 def test_inner_products_of_hermite_tensors_need_no_tensor(k):
     rng = np.random.default_rng(k)
-    x, y, a, c = (rng.random(shape) for shape in ((5, 3), (4, 3), 3, 3))
-    left, right = (np.stack([hermite(k, row, own).ravel() for row in rows]) for rows, own in ((x, a), (y, c)))
-    x, y, a, c = (torch.from_numpy(part) for part in (x, y, a, c))
-    found = _kernel(k, _side(x, a, c), _side(y, c, a), a, c)
-    np.testing.assert_allclose(found, left @ right.T, rtol=1e-6, atol=1e-6)
+    x, c = rng.standard_normal((5, 3)), np.array([0.3, 1.0, 0.7])
+    side = _side(torch.from_numpy(x), torch.from_numpy(c))
+    tensors = np.stack([hermite(k, row, c).ravel() for row in x])
+    np.testing.assert_allclose(_kernel(k, side, side, torch.from_numpy(c)), tensors @ tensors.T, rtol=1e-6, atol=1e-6)
 
 
 def test_the_norm_of_the_fourth_cumulants_of_a_cube_is_the_exact_one():
     # Uniform with variance 1: the fourth cumulant is -6/5 along each axis, and there are no others.
     x = math.sqrt(3) * (2 * np.random.default_rng(0).random((4000, 12)) - 1)
-    level = _Level(*np.ones((3, 12)))
-    norm, error = level._norm_squared(4, [x])
+    norm, error = _norm_squared(4, [x], np.ones(12))
     assert abs(norm - 12 * 1.2**2) < 4 * error + 0.3
-    third, its_error = level._norm_squared(3, [x])
-    assert abs(third) < 4 * its_error
-
-
-def test_near_a_gaussian_the_first_order_is_left_alone_and_where_modes_stand_apart_it_shrinks_by_the_exact_factor():
-    level = _Level(np.ones(12), np.full(12, math.sqrt(2)), np.ones(12))
-    cube = math.sqrt(3) * (2 * np.random.default_rng(0).random((2000, 12)) - 1)
-    assert level.certain(level.norms(cube, None)[0], cube, None) > 0.8
-    # One coordinate that is 0 in 49 rows of 50 and large in the last, under noise of little variance.
-    spikes = np.random.default_rng(1).choice([0.0, -math.sqrt(50), math.sqrt(50)], p=[0.98, 0.01, 0.01], size=(2000, 1))
-    level = _Level(np.ones(1), np.full(1, math.sqrt(1.02)), np.ones(1))
-    fourth = (float((spikes**4).mean()) - 3) / 1.02**2
-    z, weights = np.polynomial.hermite_e.hermegauss(40)
-    mean, square = 0.0, 0.0
-    for value, probability in ((0.0, 0.98), (math.sqrt(50 / 1.02), 0.02)):
-        y = value + math.sqrt(0.02 / 1.02) * z
-        h = fourth * (y**4 - 6 * y**2 + 3) / 6
-        mean += probability * float(weights @ h) / weights.sum()
-        square += probability * float(weights @ h**2) / weights.sum()
-    lack = level.norms(spikes, None)[0]
-    assert lack == pytest.approx(0.5 * fourth**2 * 16 / 24, rel=0.25)
-    assert level.certain(lack, spikes, None) == pytest.approx(2 * lack / (square - mean**2), rel=0.4)
+    assert abs(_norm_squared(3, [x], np.ones(12))[0]) < 4 * _norm_squared(3, [x], np.ones(12))[1]
 
 
 def gaussian_draws(shape):
@@ -133,8 +110,12 @@ def test_what_a_fit_lacks_at_more_noise_it_lacks_at_less_noise():
     assert _here_or_at_more_noise(fails, tau, [one, one, one, other]).tolist() == [True, True, False, False]
 
 
-def test_digits_with_their_rare_pixels_are_not_refused_at_low_noise():
-    # Their fourth cumulants are huge, and so is what the first order in them would call lacking.
-    pairs, settings = make_pairs(get_process("vp-linear"), [40, 65]), Settings(2000, 4, 0, lambda done, total: None)
-    found = Judge(make_sample(load_dataset("digits")), pairs, settings, [Candidate("mixture", 24, 30.0)]).estimate()
-    assert not any("third and fourth moments" in reason for reason in found.reason)
+def test_a_mixture_of_the_digits_is_refused_where_a_denoiser_finds_more():
+    # `difficulty kl digits --estimator score` finds 1.19 times the mixture's value at t = 150 and 1.03 times at 250.
+    pairs, sample = make_pairs(get_process("vp-linear"), [100, 150, 250, 350]), make_sample(load_dataset("digits"))
+    judge = Judge(sample, pairs, Settings(2000, 4, 0, lambda done, total: None), [Candidate("mixture", 16, 62.0)])
+    found = judge.estimate()
+    share = judge._lacking()[:, 0] / found.kl
+    assert (share > [0.3, 0.1, 0.0, 0.0]).all()
+    assert (share < [2.0, 0.5, 0.1, 0.05]).all()
+    assert ["third and fourth moments" in reason for reason in found.reason] == [True, True, False, False]
