@@ -200,7 +200,7 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
     Raises:
         InputError: if the folder is not a results folder, so that nobody's files are mixed with ours, or holds a
             run of another kind or config, so that no result is lost and none outlives its run.json. The same config
-            runs again in place, and any in the folder of a run that ended before its first result.
+            runs again in place, and any of its kind in the folder of a run that ended before its first result.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
         raise InputError(f"{folder} is not empty and holds no run.json; choose another output folder")
@@ -212,7 +212,7 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
         if not isinstance(earlier, dict) or earlier.get("format") != RUN_FORMAT:
             raise InputError(f"{folder / 'run.json'} is not of this project or version; choose another output folder")
         begun = earlier.get("status") == "finished" or any(path.name not in HEADERS for path in folder.iterdir())
-        if begun and (earlier.get("kind"), earlier.get("config")) != (kind, config):
+        if earlier.get("kind") != kind or (begun and earlier.get("config") != config):
             state = "a finished run" if earlier.get("status") == "finished" else "an interrupted run"
             raise InputError(f"{folder} holds {state} with other settings; choose another --out or delete it")
     run = {

@@ -59,7 +59,7 @@ REFUTED = 1e-3
 LEAST_ERROR = 0.02
 # The parts of an error are doubts that overlap: on the laws that the families were made with (``LAWS`` in
 # benchmarks/known_laws.py) their sum is twice the root mean square of the true errors. Intervals state this share of
-# it, which covers 95 % there; the verdict rests on all of it.
+# it, which covers 95 % there, but all of a Gaussian's; the verdict rests on all of it.
 CALIBRATED = 0.65
 MANY_COMPONENTS = 8
 # Most axes per row at which a quarter of the rows still spans all of them with room to spare.
@@ -117,9 +117,11 @@ class Judge:
         self.fit_reasons = reasons.copy()
         reverse = (found.reverse * rest + exact.kl_reverse) / kl
         family = np.array([c.family for c in found.family], dtype=object)
-        error = np.hypot(CALIBRATED * rest / kl * found.error, LEAST_ERROR)
-        # Few refits know their own spread only roughly: Student's quantile, but the influence of n rows is well known.
-        quantile = np.where(family == "gaussian", Z90, stats.t.ppf(0.95, len(self.halves)))
+        # Few refits know their own spread only roughly: Student's quantile, but the influence of n rows is well known,
+        # and the error of a Gaussian is hardly more than that.
+        by_rows = family == "gaussian"
+        error = np.hypot(np.where(by_rows, 1.0, CALIBRATED) * rest / kl * found.error, LEAST_ERROR)
+        quantile = np.where(by_rows, Z90, stats.t.ppf(0.95, len(self.halves)))
         low, high, narrow = bracket(exact.kl, found.tested, upper)
         # Directions that are empty for want of samples are not known to contribute what they seem to.
         narrow &= (reasons != "") & (not spans_too_little(sample))
