@@ -183,13 +183,14 @@ class Judge:
         winners = sorted(set(best.tolist()))
         order = np.argsort(-np.where(weight < 1, weight, 0).max(1), kind="stable")
         rivals = [int(i) for i in order if weight[i].max() > 0.1 and i not in winners][:3]
-        replicated, tested = {}, {}
+        replicated, tested, long_step = {}, {}, {}
         jobs = [*winners, *rivals]
         for done, i in enumerate(jobs):
             where = np.flatnonzero(weight[i] > 0.02)
             splits = len(self.halves) if i in winners else min(2, len(self.halves))
             replicated[i] = self._replicate(names[i], splits, where)
-            tested[i] = self.tests.test(names[i]).scaled(self._long_step(replicated[i]))
+            long_step[i] = self._long_step(replicated[i])
+            tested[i] = self.tests.test(names[i]).scaled(long_step[i])
             self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
         columns = np.arange(len(self.tau))
@@ -217,14 +218,14 @@ class Judge:
             self._highest_bound(tested, weight),
             pick({i: tested[i].cross for i in winners}),
         )
-        lacking = self._lacking()
+        lacks = self._lacking() * np.exp(pick(long_step))[:, None]
         # A refuted fit is off by what its cumulants lack, and by what a narrower spread of the time score adds to first
         # order.
-        narrow = np.where(lacking[:, 0] > 0, (-test.second_moment[:, 0]).clip(min=0.0), 0.0)
-        refuted = lacking[:, 0].clip(min=0.0) / np.exp(log_kl) + narrow
+        narrow = np.where(lacks[:, 0] > 0, (-test.second_moment[:, 0]).clip(min=0.0), 0.0)
+        refuted = lacks[:, 0].clip(min=0.0) / np.exp(log_kl) + narrow
         error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2)
         chosen = [names[i] for i in best]
-        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, lacking, chosen)
+        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, lacks, chosen)
 
     def _long_step(self, fitted: Replicated) -> Array:
         """Log of the KL of a fit over its 1/2 E[f^2] in the middle of the pair; 0 where the step is small, (m,)."""
@@ -238,7 +239,7 @@ class Judge:
         return found
 
     def _lacking(self) -> Array:
-        """What the chosen fits lack by the cumulants of the data, nats, and its error, (m, 2)."""
+        """What the chosen fits lack by the cumulants of the data, nats of a small step, and its error, (m, 2)."""
         sample = self.sample
         found = np.zeros((len(self.best), 2))
         if sample.discrete or not FEW_FOR_CUMULANTS * sample.rank <= sample.n or sample.rank < 2:
@@ -247,8 +248,7 @@ class Judge:
             where, fit = np.flatnonzero(self.best == i), self.replicated[i].fit
             drawn = [fit.draw(sample.n, FIRST_DRAW + k)[0].numpy() for k in range(DRAWS)]
             gaussian, pairs = self.names[i].family == "gaussian", self.anchors.take(where)
-            value = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
-            found[where] = value * np.exp(self._long_step(self.replicated[i])[where, None])
+            found[where] = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
         return found
 
     def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:
