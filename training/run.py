@@ -131,6 +131,9 @@ def train(
     if state is not None:
         log = state.pop("log")
         trainer.load_state_dict(state)
+    if rank == 0:
+        # By every start, also by one that follows a kill before this line.
+        write_process(out, process)
     if curriculum and rank == 0:
         curriculum.save(out / "curriculum.json")
     if trainer.conditioning and rank == 0:
@@ -233,9 +236,7 @@ def _open(
         "condition": trainer.conditioning.facts if trainer.conditioning else None,
     }
     if not (out / "run.json").exists():
-        run = start_run(out, "train", config)
-        write_process(out, trainer.process)
-        return run, None
+        return start_run(out, "train", config), None
     found = read_json(out / "run.json")
     if not isinstance(found, dict) or found.get("kind") != "train":
         raise InputError(f"{out} holds the results of another command; choose another output folder")

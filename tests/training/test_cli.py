@@ -48,7 +48,10 @@ def test_a_run_of_a_process_from_a_file_needs_the_file_no_more_and_other_data_ar
     u = np.linspace(0.02, 0.98, 40)
     file, out = tmp_path / "mine.npz", tmp_path / "run"
     np.savez(file, alpha=1 - u, sigma=u)
-    assert call("run", DATA, "--process", file, "--out", out, "--steps", "10", *SMALL)[0] == 0
+    begun = ["run", DATA, "--process", file, "--out", out, "--steps", "10", *SMALL]
+    assert call(*begun)[0] == 0
+    (out / "process.csv").unlink()  # as a kill right after run.json leaves the folder
+    assert call(*begun)[0] == 0
     file.unlink()
     assert call("sample", out, "--count", "5", "--steps", "5")[0] == 0
     for data, other in ((DATA, False), ("gaussian:dim=4,var=0.5,n=400", True)):
