@@ -80,3 +80,23 @@ def test_the_gain_over_one_thread_is_that_of_the_table():
         across.append(f"{ms[1]['plain loop'] / ms[2].min():.1f}")
         within.append(f"{table.loc[network]['ratio'][2].max():.1f}")
     assert f"is {across[0]} and {across[1]} times as fast instead of {within[0]} and {within[1]}" in text
+
+
+def test_the_accuracy_in_words_is_that_of_the_tables():
+    folder = RESULTS / "relative-entropy-accuracy"
+    text = " ".join((folder / "README.md").read_text().split())
+    table = pd.read_csv(folder / "accuracy.csv")
+    pairs = pd.read_csv(folder / "pairs.csv", keep_default_na=False).query("valid")
+    wrong = pairs[(pairs["kl"] / pairs["truth"] - 1).abs() > 0.3]
+    (_, row), = wrong.iterrows()
+    assert (row["law"], row["process"], row["t"], row["estimator"]) == ("laplace-2", "flow-matching", 220, "auto")
+    off = 100 * (row["kl"] / row["truth"] - 1)
+    assert f"`laplace-2` under flow matching at t = 220, by {off:.0f} %" in text
+    whole = table[table["law"] == "(all)"].set_index("estimator")["coverage"]
+    auto = 100 * whole["auto"]
+    assert f"`auto` holds the truth in {auto.min():.0f} to {auto.max():.0f} % of the cases, by process" in text
+    mixture, empirical = (100 * whole[name] for name in ("mixture", "empirical"))
+    assert f"in {mixture:.0f} and {empirical:.0f} %, `gaussian` and `score` in all" in text
+    assert whole["gaussian"] == whole["score"] == 1
+    single = table[(table["estimator"] == "auto") & (table["process"] == "vp-linear")].set_index("law")["coverage"]
+    assert set(single.index[single < 0.8]) == {"modes7-24", "uniform-112"}

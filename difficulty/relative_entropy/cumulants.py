@@ -14,9 +14,8 @@ principal axes, noise adds nothing to the cumulants kappa_k for k > 2, and to fi
     omega_{i..l} = w_i + ... + w_l,   w_i = 2 b_i dtau + dlog(alpha),   b_i = s^2/(lam_i + s^2).
 
 Hermite polynomials are orthogonal, so 1/2 sum_k |omega kappa_k|^2/k!, with the difference of data and fit for kappa,
-is a part of what is lacking. Far from a Gaussian the first order overstates, but on digits it says of a mixture what a
-denoiser finds: a fifth at t = 150 of VP-linear, a third to a half at t = 100. Norms of tensors need no tensor: for
-rows x, x' of covariance C
+is a part of what is lacking. Far from a Gaussian the first order may overstate it, and refuse a fit that is right.
+Norms of tensors need no tensor: for rows x, x' of covariance C
 
     <h_3(x), h_3(x')> = G^3 - 3 G (q + q') + 6 g + 3 G T_2,
     <h_4(x), h_4(x')> = G^4 - 6 G^2 (q + q' - T_2) + 24 G g
