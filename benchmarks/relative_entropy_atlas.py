@@ -73,10 +73,11 @@ def laws() -> Mapping[str, Dataset]:
 
 
 def summarise(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation of each measure with t, and t/T of the largest KL, over the valid pairs."""
+    """Rank correlation of each measure with t, and t/T of the largest KL, over the valid pairs and where they begin."""
     rows = []
     for (law, process), group in pairs[pairs.valid].groupby(["law", "process"], sort=False):
         row: dict[str, object] = {"law": law, "process": process, "pairs": len(group)}
+        row["valid_from_t_over_T"] = group.t.min() / get_process(process).T
         zero = {name: bool((group[name].fillna(0.0) < least).all()) for name, least in ZERO.items()}
         for name in ZERO:
             finite = group[np.isfinite(group[name]) & (group.t % SPACING == 0)]
