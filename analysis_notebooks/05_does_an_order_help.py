@@ -163,8 +163,8 @@ change.pivot(index=["setting", "arm", "metric"], columns="lr_schedule", values="
 # %% [markdown]
 # ## Can the comparison be believed?
 #
-# Plain training against itself with fresh seeds, 400 real pairs read as comparisons of 4, 8 and 40, and as many again
-# formed anew: how many would claim a difference? The nominal rate is 5 %.
+# Plain training against itself with fresh seeds, 400 real pairs read as comparisons of 4, 8 and 40, and 1000
+# comparisons of 40 other pairs drawn from the same 800 runs: how many would claim a difference? Nominally 5 %.
 
 # %%
 pd.read_csv(CHECKS / "noise.csv").round(3)

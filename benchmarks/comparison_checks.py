@@ -1,8 +1,8 @@
 """Two checks on small networks: does the comparison find what is not there, and is patience a clock?
 
 noise   plain training against itself with fresh seeds, 400 real pairs: how often would a difference be claimed? The
-        pairs are read as 100 comparisons of 4, 50 of 8 and 10 of 40, each corrected as any other. As the seeds of the
-        two arms differ, any run of one may stand against any of the other: 1000 times 40 pairs are formed anew.
+        pairs are read as 100 comparisons of 4, 50 of 8 and 10 of 40, each corrected as any other. As all 800 runs have
+        seeds of their own, any may stand in either arm and against any other: 1000 times 40 pairs are formed anew.
 clock   how long are the stages of `patience` and of `held-out`, with learning and with the learning rate next to zero?
         A rule that looks at the batch loss alone ends its stages as early when nothing is learned.
 
@@ -61,15 +61,18 @@ def claims(comparisons: Iterable[pd.DataFrame]) -> tuple[int, int, float, float]
 
 
 def paired_anew(final: pd.DataFrame, seeds: int) -> Iterator[pd.DataFrame]:
-    """Comparisons of the runs of both arms, each of other runs in other pairs."""
+    """Comparisons of other runs in other pairs, drawn from the runs of both arms together.
+
+    Were each arm drawn from its own runs, the difference that the means of those few happen to have would be in all.
+    """
     rng = np.random.default_rng(0)
-    known = np.sort(final["seed"].unique())
+    arms = list(final["arm"].unique())
+    runs = pd.MultiIndex.from_frame(final[["arm", "seed"]].drop_duplicates())
+    by_run = final.set_index(["arm", "seed"])
     for _ in range(ANEW):
-        parts = []
-        for _, own in final.groupby("arm"):
-            place = pd.Series(range(seeds), rng.choice(known, seeds, replace=False))
-            parts.append(own[own["seed"].isin(place.index)].assign(seed=lambda t, place=place: t["seed"].map(place)))
-        yield pd.concat(parts)
+        drawn = runs[rng.choice(len(runs), len(arms) * seeds, replace=False)]
+        places = pd.MultiIndex.from_product([arms, range(seeds)]).to_frame(index=False, name=["arm", "seed"])
+        yield by_run.join(places.set_index(drawn), how="inner").reset_index(drop=True)
 
 
 def clock(share: float) -> pd.DataFrame:
