@@ -24,6 +24,8 @@ from difficulty.laws import GaussianMixture
 
 Array = npt.NDArray[np.float64]
 
+# Steps with twice as many components, before they are joined.
+FINER_STEPS = 5
 # Degrees of freedom of Student's t that are tried: below the first there is hardly a variance, above the second it is a
 # Gaussian to most samples.
 FEWEST_FREEDOM, MOST_FREEDOM = 2.5, 100.0
@@ -61,22 +63,30 @@ def fit_mixture(
         options: K and the strength of the shrinkage.
         floor: smallest variance of a component, in squared units of the data.
         seed: of the k-means start.
-        start: responsibilities (K, n) to start from instead of k-means.
+        start: responsibilities (K, n) to start from instead.
         iterations: at most so many EM steps; it stops when the log-likelihood gains less than 3e-4 nat per sample.
     """
     x, w = torch.from_numpy(rows), torch.from_numpy(counts)
-    responsibility = _start(rows, counts, options.components, seed) if start is None else start
+    responsibility = _start(x, w, options, floor, seed) if start is None else start
+    _, (weights, means, covariances) = _ascend(x, w, responsibility, options.strength, floor, iterations)
+    return GaussianMixture(weights.numpy(), means.numpy(), covariances.expand(len(means), -1, -1).numpy())
+
+
+def _ascend(
+    x: Tensor, w: Tensor, responsibility: Tensor, strength: float, floor: float, iterations: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Steps of expectation-maximisation: responsibilities (K, n), and weights, means and covariances."""
     previous = -math.inf
     for _ in range(iterations):
-        weights, means, covariances = _maximise(x, w, responsibility, options.strength, floor)
-        log_joint = _log_joint(x, weights, means, covariances)
+        law = _maximise(x, w, responsibility, strength, floor)
+        log_joint = _log_joint(x, *law)
         total = torch.logsumexp(log_joint, 0)
         value = float((w * total).sum() / w.sum())
         if value - previous < 3e-4:
             break
         previous = value
         responsibility = (log_joint - total).exp()
-    return GaussianMixture(weights.numpy(), means.numpy(), covariances.expand(len(means), -1, -1).numpy())
+    return responsibility, law
 
 
 def fit_scale_mixture(
@@ -185,15 +195,71 @@ def _mahalanobis(centred: Tensor, shape: Tensor) -> Tensor:
     return z.square().sum(0)
 
 
-def _start(rows: Array, counts: Array, components: int, seed: int) -> Tensor:
-    if components == 1:
-        return torch.ones(1, len(rows), dtype=torch.float64)
+def _start(x: Tensor, w: Tensor, options: MixtureOptions, floor: float, seed: int) -> Tensor:
+    """Responsibilities (K, n).
+
+    K clusters of k-means often divide one mode and join two others, and expectation-maximisation then ends in a maximum
+    of its own. So covariances are first fitted to twice as many clusters, which are then joined two by two.
+    """
+    k = options.components
+    if k == 1:
+        return torch.ones(1, len(x), dtype=x.dtype)
+    if math.isinf(options.strength):
+        return _clusters(x, w, k, seed, tries=4)  # k-means has the same loss, up to the metric
+    finer, _ = _ascend(x, w, _clusters(x, w, 2 * k, seed), options.strength, floor, FINER_STEPS)
+    return _joined(x, w, finer, options, floor)
+
+
+def _clusters(x: Tensor, w: Tensor, k: int, seed: int, tries: int = 1) -> Tensor:
     from sklearn.cluster import KMeans
 
-    fit = KMeans(components, n_init=1, max_iter=30, random_state=seed).fit(rows, sample_weight=counts)
-    labels = torch.from_numpy(fit.labels_.astype(np.int64))
-    one_hot = torch.nn.functional.one_hot(labels, components).T.to(torch.float64)
+    fit = KMeans(k, n_init=tries, max_iter=30, random_state=seed).fit(x.numpy(), sample_weight=w.numpy())
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(fit.labels_.astype(np.int64)), k).T.to(x.dtype)
     return one_hot[one_hot.sum(1) > 0]
+
+
+def _joined(x: Tensor, w: Tensor, responsibility: Tensor, options: MixtureOptions, floor: float) -> Tensor:
+    """Responsibilities with components joined, each time the two that cost the least likelihood, until K are left."""
+    mass = (responsibility * w).sum(1)
+    r, mass = responsibility[mass > 0], mass[mass > 0]
+    means = (r * w) @ x / mass[:, None]
+    centred = x - means[:, None]
+    scatter = torch.bmm((centred * (r * w)[..., None]).transpose(1, 2), centred)
+    prior = options.strength * scatter.sum(0) / w.sum()
+    least = floor * torch.eye(x.shape[1], dtype=x.dtype)
+
+    def loss(mass: Tensor, scatter: Tensor) -> Tensor:
+        """Nats that rows cost in a component of their own, (components,)."""
+        covariance = (scatter + prior) / (mass + options.strength)[:, None, None] + least
+        factor, _ = torch.linalg.cholesky_ex(covariance)
+        log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        inside = torch.cholesky_solve(scatter, factor).diagonal(dim1=1, dim2=2).sum(1)
+        return 0.5 * (mass * log_det + inside) - mass * (mass / w.sum()).log()
+
+    def joint(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mass, mean and scatter of component i with each other one."""
+        both = mass[i] + mass
+        between = means[i] - means
+        added = (mass[i] * mass / both)[:, None, None] * between[:, :, None] * between[:, None, :]
+        return both, (mass[i] * means[i] + mass[:, None] * means) / both[:, None], scatter[i] + scatter + added
+
+    alone = loss(mass, scatter)
+    price = torch.stack([loss(*joint(i)[::2]) - alone[i] - alone for i in range(len(mass))])
+    price.fill_diagonal_(math.inf)
+    while len(mass) > options.components:
+        i, j = divmod(int(price.nan_to_num(math.inf).argmin()), len(mass))
+        both = joint(i)
+        r, mass, means, scatter = r.clone(), mass.clone(), means.clone(), scatter.clone()
+        r[i] += r[j]
+        mass[i], means[i], scatter[i] = (part[j] for part in both)
+        kept = torch.arange(len(mass)) != j
+        r, mass, means, scatter = r[kept], mass[kept], means[kept], scatter[kept]
+        i -= int(j < i)
+        alone, price = alone[kept], price[kept][:, kept]
+        alone[i] = loss(mass[i : i + 1], scatter[i : i + 1])[0]
+        price[i] = price[:, i] = loss(*joint(i)[::2]) - alone[i] - alone
+        price[i, i] = math.inf
+    return r
 
 
 def _maximise(

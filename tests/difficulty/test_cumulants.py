@@ -92,8 +92,9 @@ def test_mixtures_of_one_covariance_are_offered_with_many_components_in_many_dim
 def test_one_covariance_for_all_components_is_the_limit_of_shrinking_towards_it():
     rng = np.random.default_rng(3)
     rows = np.concatenate([rng.standard_normal((300, 4)) + centre for centre in (-3.0, 0.0, 4.0)])
+    start = torch.eye(3, dtype=torch.float64).repeat_interleave(300, 1)
     one, limit = (
-        fit_mixture(rows, np.ones(900), MixtureOptions(3, strength), 1e-6, seed=0) for strength in (math.inf, 1e12)
+        fit_mixture(rows, np.ones(900), MixtureOptions(3, strength), 1e-6, 0, start) for strength in (math.inf, 1e12)
     )
     torch.testing.assert_close(one.means, limit.means, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one.eigenvalues, limit.eigenvalues, rtol=1e-6, atol=1e-6)
