@@ -20,6 +20,8 @@ RIVALS = (2, 4, 8)  # components of what a Gaussian is compared with
 MOST_FOR_MIXTURES = 1024
 # Multiplications of one step of expectation-maximisation that are still affordable: 0.3 s.
 LARGEST_FIT = 400_000_000
+# Rows per axis of a component whose covariance is not shrunk.
+ROWS_UNSHRUNK = 8
 
 
 def estimate_auto(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
@@ -67,7 +69,9 @@ def candidates(sample: Sample) -> list[Candidate]:
         return found
     most = LARGEST_FIT // max(n * d**2, 1)
     kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-    found += [Candidate("mixture", k, float(d + 1)) for k in kinds if n / k >= max(30, d) and k <= max(most, 2)]
+    # Components of a few directions each are seen only without shrinkage, which takes many rows per axis.
+    for strength, rows in ((float(d + 1), max(30, d)), (0.0, max(30, ROWS_UNSHRUNK * d))):
+        found += [Candidate("mixture", k, strength) for k in kinds if n / k >= rows and k <= max(most, 2)]
     if d > 1:
         # With one covariance a component costs its mean alone.
         shared = LARGEST_FIT // max(n * d, 1) - d
