@@ -5,6 +5,8 @@
     UNet2DModel, unconditional         images    flow matching   DDPMPipeline with Euler's scheduler
     DiTTransformer2DModel              latents   VP              DiTPipeline, with the autoencoder
 
+DiTPipeline guides by the label 1000, whatever the model's number of classes, so the exported one has so many: what it
+learned as "no class" stands there, and at every label that it does not know.
 The folder holds the averaged weights, and the process and the prediction as a scheduler.
 """
 
@@ -17,11 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
 from difficulty.schedulers import scheduler_for
 from training.latents import autoencoder_of
 from training.run import Tell, restore, silent
+
+# The label of "no class" in diffusers' DiTPipeline.
+NO_CLASS = 1000
 
 
 def export_run(folder: Path, out: Path, vae: str | None = None, tell: Tell = silent) -> tuple[str, bool]:
@@ -88,5 +95,20 @@ def _latent_dit(model: Any, scheduler: Any, config: Mapping[str, Any], vae: str 
     autoencoder = autoencoder_of(config["latents"], vae)
     if not isinstance(scheduler, DDIMScheduler) or autoencoder.shift or height != width:
         raise InputError("DiTPipeline of diffusers samples square latents without a shift, under VP only")
+    model = _with_pipeline_labels(model, config["condition"]["network"]["classes"] if config["condition"] else 0)
     model.register_to_config(sample_size=height)
     return DiTPipeline(transformer=model, vae=autoencoder.model, scheduler=scheduler)
+
+
+def _with_pipeline_labels(model: Any, classes: int) -> Any:
+    """A DiT that knows the labels 0..classes - 1 as before, and takes all others up to ``NO_CLASS`` for no class."""
+    null = model.config.num_embeds_ada_norm
+    if null > NO_CLASS:
+        raise InputError(f"DiTPipeline of diffusers takes label {NO_CLASS} for no class; this model has {null} classes")
+    padded = type(model).from_config({**model.config, "num_embeds_ada_norm": NO_CLASS})
+    weights = model.state_dict()
+    for name, table in weights.items():
+        if name.endswith("class_embedder.embedding_table.weight"):
+            weights[name] = torch.cat([table[:classes], table[null].expand(NO_CLASS + 1 - classes, -1)])
+    padded.load_state_dict(weights)
+    return padded.eval()

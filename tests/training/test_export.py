@@ -63,19 +63,26 @@ def _latents(folder):
     return latent_dataset(load_dataset("digits"), Autoencoder(folder), "mean")
 
 
-def test_a_dit_of_latents_is_exported_with_its_autoencoder_and_draws_the_pictures_of_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("condition", ["class", "none"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_dit_of_latents_is_exported_with_its_autoencoder_and_draws_the_pictures_of_the_run(
+    guidance, condition, tmp_path, monkeypatch
+):
     monkeypatch.setenv("DENOISING_DIFFICULTY_CACHE", str(tmp_path / "cache"))
     config = DIT | {"in_channels": 2, "out_channels": 4, "sample_size": 4}
     data = _latents(tmp_path / "vae")
-    trainer = _run(tmp_path, "vp-cosine:T=20", config, data, prediction="v", condition="class")
+    trainer = _run(tmp_path, "vp-cosine:T=20", config, data, prediction="v", condition=condition)
     labels = torch.tensor([3, 8, 8])
     assert export_run(tmp_path / "run", tmp_path / "out") == ("DiTPipeline", False)
-    drawn = draw_samples(trainer.ema, 3, data.shape, seed=7, steps=20, condition=labels)
+    own = {"condition": labels, "guidance": guidance} if condition == "class" else {}
+    drawn = draw_samples(trainer.ema, 3, data.shape, seed=7, steps=20, **own)
     start = float(trainer.process.sigma[-1]) * normal((3, 2, 4, 4), 7, PRIOR, 0, 0)
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
     loaded.set_progress_bar_config(disable=True)
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **options: start)
-    theirs = loaded(class_labels=labels.tolist(), guidance_scale=1.0, num_inference_steps=20, output_type="np").images
+    theirs = loaded(
+        class_labels=labels.tolist(), guidance_scale=guidance, num_inference_steps=20, output_type="np"
+    ).images
     expected = (Autoencoder(tmp_path / "vae").decode(drawn) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.02
     assert torch.allclose(torch.from_numpy(theirs).permute(0, 3, 1, 2), expected, atol=1e-4)
