@@ -11,6 +11,8 @@ Every setting (data, process, prediction) goes through three stages, each of whi
     later      the design `ordered`, made after the first confirmation, on the exploration seeds
     fresh      the same beside its parts on seeds that nothing before has used
     rivals     the same seeds, with the simple arm that was best on held-out nats as the baseline
+    judge      all settings, all simple arms and the recipe with their controls, on seeds of which nothing was chosen:
+               what is claimed is claimed from these
 
 Between exploring and confirming one design is chosen over all settings by a rule that was written down before any of
 them was trained (``choose``): a design is admissible if its change of sample quality, the mean over settings and both
@@ -64,16 +66,24 @@ CONTROLS = (
 )
 FEWER = ("vanilla", "vanilla-again", "curriculum", "static", "log-snr", "p2", FIRST, FASTEST)
 JUDGING = ("vanilla", "vanilla-again", "curriculum", "static", *SIMPLE, "log-normal", "measured", "measured:ordered")
+JUDGED = (
+    *("vanilla", "vanilla-again", "curriculum", "static", "anti", *SIMPLE, "logit-normal", "log-normal"),
+    *("measured", "measured-static", "measured:ordered"),
+)
 MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider than the digits have dimensions
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
 FIGURES = ("forest", "learning_curves", "task_curves")
-STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals")
+STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals", "judge")
 EXPLORED = tuple(f"measured:{name}" for name in DESIGNS if name not in ORDERED)
 LATER = tuple(f"measured:{name}" for name in ORDERED)
 CONFIRMS = {"confirm": "explore", "constant": "explore", "noise": "explore", "controls": "explore", "fresh": "later"}
-SEEDS_OF = {"explore": "explore_seeds", "later": "explore_seeds", "fresh": "fresh_seeds", "rivals": "fresh_seeds"}
+SEEDS_OF = {
+    **dict.fromkeys(("explore", "later"), "explore_seeds"),
+    **dict.fromkeys(("fresh", "rivals"), "fresh_seeds"),
+    "judge": "judge_seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -120,13 +130,14 @@ class Budget:
     explore_seeds: tuple[int, ...] = (0, 1, 2, 3)
     confirm_seeds: tuple[int, ...] = tuple(range(100, 108))
     fresh_seeds: tuple[int, ...] = tuple(range(200, 208))
+    judge_seeds: tuple[int, ...] = tuple(range(300, 308))
     expert_seeds: tuple[int, ...] = (0, 1)
     expert_budget: int = 400
     tasks: int = 20
     samples: int = 1024
 
 
-SMOKE = Budget(0.005, (0, 1), (100, 101), (200, 201), (0,), 20, 5, 64)
+SMOKE = Budget(0.005, (0, 1), (100, 101), (200, 201), (300, 301), (0,), 20, 5, 64)
 
 
 def run_measure(setting: Setting, budget: Budget, folder: Path) -> None:
@@ -170,9 +181,16 @@ def run_compare(
         lr_schedules=[schedule],
         metrics=METRICS,
         samples=budget.samples,
-        confirms=folder / CONFIRMS[stage] if stage in CONFIRMS and setting.exploring else None,
+        confirms=explored(setting, folder, stage),
         progress=lambda what, done, total: print(f"  {done}/{total} {time.monotonic() - began:.0f} s", flush=True),
     )
+
+
+def explored(setting: Setting, folder: Path, stage: str) -> Path | None:
+    """The comparison that a stage confirms: for the last one whatever was looked at before on other seeds."""
+    if stage == "judge":
+        return folder / ("confirm" if setting.arms else "fresh")
+    return folder / CONFIRMS[stage] if stage in CONFIRMS and setting.exploring else None
 
 
 def geometric_mean(x: pd.Series) -> float:
@@ -289,6 +307,8 @@ def main() -> None:
                 run_compare(setting, budget, folder, stage, ["vanilla", "curriculum", FASTEST, *LATER])
             elif stage == "rivals" and setting.fresh and setting.process == "vp-linear" and setting.arms:
                 run_compare(setting, budget, folder, stage, ["log-snr", "min-snr", "p2", FASTEST, *LATER])
+            elif stage == "judge":
+                run_compare(setting, budget, folder, stage, JUDGED)
             elif stage == "confirm" and setting.arms:
                 run_compare(setting, budget, folder, stage, setting.arms)
             elif stage == "constant" and setting.constant:
@@ -296,9 +316,9 @@ def main() -> None:
             elif stage == "noise" and setting.controls:
                 run_compare(setting, budget, folder, stage, ("vanilla", "curriculum"), "constant")
             print(f"{stage} {name}: {time.monotonic() - began:.0f} s", flush=True)
-        explored = {name: options.runs / name for name in options.settings if SETTINGS[name].exploring}
-        if stage == "explore" and explored:
-            write_table(options.out / "designs.csv", choose(explored))
+        exploring = {name: options.runs / name for name in options.settings if SETTINGS[name].exploring}
+        if stage == "explore" and exploring:
+            write_table(options.out / "designs.csv", choose(exploring))
     for name in options.settings:
         publish(options.runs / name, options.out)
     if any(options.out.glob("*/fresh/effects.csv")):

@@ -123,11 +123,14 @@ def choose_arms(
 def _arm(
     name: str, curriculum: Curriculum | None, process: Process, steps: int, ranking: Ranking | None
 ) -> ArmSpec:
-    kind, plus, weight = name.partition("+")
-    if plus:
-        return replace(_arm(kind, curriculum, process, steps, ranking), weight=weight)
     if name.endswith(".json"):
         return ArmSpec(Curriculum.load(Path(name)))
+    kind, plus, weight = name.rpartition("+")
+    if plus:
+        plain = _arm(kind, curriculum, process, steps, ranking)
+        if plain.weight != "constant":
+            raise InputError(f"arm {name!r} asks for two loss weights; name one of them")
+        return replace(plain, weight=weight)
     kind, _, design = name.partition(":")
     if kind == MEASURED:
         if ranking is None:

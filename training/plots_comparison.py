@@ -128,8 +128,9 @@ def overview(folders: Mapping[str, Path], metrics: Sequence[str], schedule: str 
 
 def _fit(ax: "Axes", effects: pd.DataFrame, again: Sequence[str]) -> None:
     """Limits by the arms that are judged: the A/A band may reach far beyond the effects, which the figure is about."""
-    judged = effects.loc[~effects["arm"].isin(again), ["ci_low", "ci_high"]].to_numpy(float)
-    low, high = percent_change([min(np.nanmin(judged), 0), max(np.nanmax(judged), 0)]) if judged.size else (-1, 1)
+    # With one seed there is a change and no interval.
+    ends = effects.loc[~effects["arm"].isin(again), ["ci_low", "log_ratio", "ci_high"]].to_numpy(float)
+    low, high = percent_change([min(np.nanmin(ends), 0), max(np.nanmax(ends), 0)]) if ends.size else (-1, 1)
     ax.set_xlim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
 
 
