@@ -28,7 +28,7 @@ from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.ranking import Ranking
 from training.clusters import order_clusters
-from training.curriculum import Cluster, Curriculum, interval_curriculum
+from training.curriculum import Curriculum, first_then_all, interval_curriculum
 from training.recipe import CHOSEN, measured_recipe
 
 PAPER_INTERVALS = 20
@@ -69,14 +69,6 @@ def _anti(curriculum: Curriculum) -> ArmSpec:
     return ArmSpec(curriculum.with_clusters(curriculum.clusters[::-1]))
 
 
-def _first_then_all(curriculum: Curriculum) -> ArmSpec:
-    first, rest = curriculum.clusters[0], curriculum.clusters[1:]
-    if not rest:
-        return ArmSpec(curriculum)
-    others = Cluster(tasks=sorted(task for cluster in rest for task in cluster.tasks), difficulty=None)
-    return ArmSpec(curriculum.with_clusters([first, others], accumulate=True))
-
-
 def _paper(process: Process, steps: int) -> ArmSpec:
     stage = PAPER_SHARE * steps / (PAPER_INTERVALS - 1)
     tau = max(1, round(stage / STAGE_LENGTH_IN_TAU))
@@ -97,7 +89,7 @@ CURRICULUM_ARMS: Mapping[str, Callable[[Curriculum], ArmSpec]] = {
     "anti": _anti,
     "random": lambda curriculum: ArmSpec(curriculum, random_order=True),
     "non-accumulating": lambda curriculum: ArmSpec(curriculum.with_clusters(curriculum.clusters, accumulate=False)),
-    "first-then-all": _first_then_all,
+    "first-then-all": lambda curriculum: ArmSpec(first_then_all(curriculum)),
     "static": lambda curriculum: ArmSpec(exposure_of="curriculum"),
 }
 PROCESS_ARMS: Mapping[str, Callable[[Process, int], ArmSpec]] = {"paper": _paper}

@@ -8,13 +8,14 @@ from typing import Any
 from difficulty.commandline import run_cli
 from training.commands.compare import compare, quickstart
 from training.commands.export import export
-from training.commands.order import cluster, recipe, validate
+from training.commands.order import cluster, recipe, static, validate
 from training.commands.outcome import evaluate, plot, sample
 from training.commands.run import run
 
 SUBCOMMANDS: Mapping[str, Callable[..., Any]] = {
     "cluster": cluster,
     "recipe": recipe,
+    "static": static,
     "validate": validate,
     "run": run,
     "compare": compare,

@@ -17,6 +17,8 @@ __all__ = [
     "DensityField",
     "DensityPhase",
     "PacingField",
+    "exposure_matched",
+    "first_then_all",
     "interval_curriculum",
     "known_process",
     "make_curriculum",
@@ -43,6 +45,8 @@ from training.density import density, from_task_masses, proportional_to, task_ma
 from training.pacing import check_pacing
 
 CURRICULUM_FORMAT: Literal["denoising-difficulty/curriculum/1"] = "denoising-difficulty/curriculum/1"
+# A density that varies more than this inside a task, largest over smallest, is none that a mass per task can state.
+EVEN = 1.01
 # Measures in the order in which one is chosen if none is named: what survived the comparison of definitions first.
 PREFERRED_MEASURES = ("excess_nats", "log_regret", "relative_entropy", "paper_style")
 MEASURED = "measured"  # the pseudo-density that a measure decides
@@ -214,6 +218,43 @@ class Curriculum(_Record):
         """The same curriculum with other clusters (or another order of them) and other top-level fields."""
         content = self.model_dump() | {"clusters": [cluster.model_dump() for cluster in clusters]} | changes
         return Curriculum.model_validate(content)
+
+
+def first_then_all(curriculum: Curriculum) -> Curriculum:
+    """The first cluster alone, then everything."""
+    first, rest = curriculum.clusters[0], curriculum.clusters[1:]
+    if not rest:
+        return curriculum
+    others = Cluster(tasks=sorted(task for cluster in rest for task in cluster.tasks), difficulty=None)
+    return curriculum.with_clusters([first, others], accumulate=True)
+
+
+def exposure_matched(curriculum: Curriculum, exposure: Array) -> Curriculum:
+    """All tasks from the start, drawn as often as a run of the curriculum drew them: its histogram without its order.
+
+    Args:
+        curriculum: of that run.
+        exposure: how often its densities asked for each t, shape (T+1,), up to a factor.
+
+    Raises:
+        InputError: if t was not drawn evenly inside a task, which no mass per task can state.
+    """
+    for task in curriculum.tasks:
+        inside = exposure[task.t_first : task.t_last + 1]
+        if inside.max() > EVEN * inside.min():
+            raise InputError(
+                f"t was drawn unevenly inside task {task.index} (t = {task.t_first}..{task.t_last}); only a curriculum "
+                "with a base density uniform in t, or a table, has a static copy in a file"
+            )
+    table = DensityField(name="table", task_mass=task_masses(exposure / exposure.sum(), curriculum.tasks).tolist())
+    every = Cluster(tasks=list(range(len(curriculum.tasks))), difficulty=None)
+    return curriculum.with_clusters(
+        [every],
+        density=table.model_dump(),
+        density_phases=[],
+        pacing=PacingField(rule="fraction").model_dump(),
+        provenance={"static_of": curriculum.sha256, "curriculum": curriculum.provenance},
+    )
 
 
 def schema() -> dict[str, Any]:

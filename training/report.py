@@ -158,10 +158,10 @@ def _order(folder: Path, config: dict[str, Any], effects: pd.DataFrame) -> Secti
 def _effects(effects: pd.DataFrame) -> Section:
     table = effects[["arm", "lr_schedule", "metric", "seeds"]].rename(columns={"lr_schedule": "learning rate"})
     for name, heading in (("log_ratio", "change"), ("ci_low", "from"), ("ci_high", "to")):
-        table[heading] = [percent(value) for value in effects[name]]
-    table["p"] = [f"{value:.3g}" for value in effects["p"]]
-    table["p (Holm)"] = ["" if np.isnan(value) else f"{value:.3g}" for value in effects["p_holm"]]
-    table["detectable"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["mde"]]
+        table[heading] = ["" if np.isnan(value) else percent(value) for value in effects[name]]
+    for name, heading in (("p", "p"), ("p_holm", "p (Holm)")):
+        table[heading] = ["" if np.isnan(value) else f"{value:.3g}" for value in effects[name]]
+    table["detectable"] = ["" if np.isnan(value) else f"{100 * np.expm1(value):.2f} %" for value in effects["mde"]]
     if effects["noise_floor"].notna().any():
         table["A/A half width"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["noise_floor"]]
     table["verdict"] = effects["verdict"]

@@ -11,6 +11,7 @@ One cluster of all tasks and no curriculum at all go through the same arithmetic
 __all__ = ["StageRecord", "TimestepSampler", "coverage_rows", "stage_rows"]
 
 import bisect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +29,9 @@ from training.curriculum import Curriculum
 from training.density import Interval, density, normalised
 from training.pacing import Fraction, Pacing, make_pacing
 from training.streams import TIMESTEPS
+
+# Draws without a word of their loss after which a rule that waits for losses says so.
+PATIENT_DRAWS = 100
 
 
 @dataclass
@@ -100,6 +104,7 @@ class TimestepSampler:
         self.records: list[StageRecord] = []
         self.counts = np.zeros(self.T + 1, dtype=np.int64)
         self._last = -1, self.counts
+        self._unheard, self._warned = 0, False
         self._enter(0, 0)
 
     @property
@@ -131,6 +136,7 @@ class TimestepSampler:
         if batch < 1 or not 0 <= rank < world:
             raise InputError(f"rank {rank} of {world} cannot draw {batch} timesteps; ranks count from 0, draws from 1")
         self.advance(step)
+        self._warn_if_stuck(step)
         # Each rank draws the whole global batch, logs it, and takes its part: two ranks train and log as one would.
         u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
         if self.stratified:
@@ -140,6 +146,21 @@ class TimestepSampler:
         self.counts += self._last[1]
         t = torch.from_numpy(whole[rank * batch : (rank + 1) * batch])
         return t.to(device), self.weight_of_t[t].to(device)
+
+    def _warn_if_stuck(self, step: int) -> None:
+        """Say once that later stages will not come, or have not: their timesteps would silently never be trained."""
+        self._unheard += 1
+        if self._warned or self.stage == self.stages - 1:
+            return
+        here = f"stage {self.stage + 1} of {self.stages}"
+        if self.pacing.wants_loss and self._unheard > PATIENT_DRAWS:
+            said = f"{PATIENT_DRAWS} draws of {here} and no call of update(loss), by which this pacing ends a stage"
+        elif step >= self.budget:
+            said = f"the budget of {self.budget} iterations is spent in {here}; t of later ones were never drawn"
+        else:
+            return
+        self._warned = True
+        warnings.warn(said, stacklevel=3)
 
     def take_back(self, step: int) -> None:
         """Do not count the draws of an iteration that came to nothing and will be drawn again."""
@@ -170,6 +191,7 @@ class TimestepSampler:
             t: the timesteps, for loops that hand them over; the rules at hand do not read them.
         """
         # Reading a loss waits for the accelerator, so it is done only for rules that need it.
+        self._unheard = 0
         if self.pacing.wants_loss and self.stage < self.stages - 1:
             mean = loss.detach().float().mean() if isinstance(loss, Tensor) and loss.ndim else loss
             self.pacing.observe(float(mean))

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from training.cli import SUBCOMMANDS, main
+from training.curriculum import Curriculum
 
 DATA = "gaussian:dim=4,var=0.25,n=400"
 SMALL = ["--batch", "8", "--network", "mlp:width=8,depth=2"]
@@ -89,6 +91,25 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     assert call("plot", out)[0] == 0
 
 
+def test_the_static_copy_of_a_run_draws_its_histogram_and_first_then_all_has_two_stages(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    curriculum, copy, out = tmp_path / "c.json", tmp_path / "static.json", tmp_path / "run"
+    assert call("cluster", tmp_path, "-k", "3", "--first-then-all", "-o", curriculum)[0] == 0
+    assert len(Curriculum.load(curriculum).stages()) == 2
+    assert call("run", DATA, "--curriculum", curriculum, "--out", out, "--steps", "40", *SMALL)[0] == 0
+    assert call("static", out, "-o", copy)[0] == 0
+    assert call("run", DATA, "--curriculum", copy, "--out", tmp_path / "copy", "--steps", "40", *SMALL)[0] == 0
+    first, second = (pd.read_csv(path / "coverage.csv") for path in (out, tmp_path / "copy"))
+    assert first["expected"].max() > 1.05 * first["expected"].min()
+    assert np.allclose(first["expected"], second["expected"])
+    assert len(pd.read_csv(tmp_path / "copy" / "stages.csv")) == 1
+    uneven = tmp_path / "uneven.json"
+    assert call("cluster", tmp_path, "--density", "log-snr", "-o", uneven)[0] == 0
+    assert call("run", DATA, "--curriculum", uneven, "--out", tmp_path / "uneven", "--steps", "5", *SMALL)[0] == 0
+    code, _, errors = call("static", tmp_path / "uneven", "-o", tmp_path / "no.json")
+    assert (code, "drawn unevenly inside task" in errors, (tmp_path / "no.json").exists()) == (2, True, False)
+
+
 def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
     out = tmp_path / "compared"
     code, text, _ = call(
@@ -97,7 +118,19 @@ def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert text.count("min-snr") >= 4
+    assert "leads, no claims" in text
     assert (out / "figures" / "forest.png").exists()
+
+
+def test_a_comparison_of_one_seed_is_drawn_and_reported_without_intervals(call, tmp_path):
+    code, text, _ = call(
+        "compare", DATA, "--arms", "vanilla", "min-snr", "--seeds", "1", "--budget", "20", "--samples", "64",
+        "--workers", "1", "--out", tmp_path / "one", *SMALL,
+    )  # fmt: skip
+    assert (code, "nan" in text) == (0, False)
+    assert "one seed, no interval" in text
+    report = (tmp_path / "one" / "report.md").read_text()
+    assert ("one seed, no interval" in report, "nan" in report) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +160,7 @@ def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
         ["compare", DATA, "--out", "x", "--arms", "vanilla", "p2", "--samples", "0"],
         ["compare", DATA, "--out", "x", "--arms", "vanilla", "p2", "--samples", "10"],
         ["compare", DATA, "--out", "x", "--arms", "vanilla", "curriculum"],
+        ["compare", DATA, "--out", "x", "--arms", "vanilla", "p2+min-snr"],
         ["sample", "missing"],
         ["evaluate", "missing", DATA],
         ["plot", "missing"],

@@ -37,8 +37,12 @@ def test_stated_defaults_of_every_pacing_rule_are_those_of_the_code(rule):
         assert getattr(pacing, name) == float(value)
 
 
-def test_documented_reader_finds_the_timesteps_of_every_stage_with_json_alone(curriculum, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_documented_reader_finds_the_timesteps_of_every_stage_with_json_alone(
+    accumulate, curriculum, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
+    curriculum = curriculum.with_clusters(curriculum.clusters, accumulate=accumulate)
     curriculum.save("curriculum.json")
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], names)

@@ -39,6 +39,31 @@ def test_two_densities_share_the_uniform_numbers_and_so_the_order_of_their_draws
     assert stats.spearmanr(first, second).statistic > 0.99
 
 
+def test_a_loop_that_never_reports_its_loss_hears_once_that_later_stages_will_not_come(process, curriculum, recwarn):
+    waiting = curriculum.with_clusters(
+        curriculum.clusters, pacing={"rule": "patience", "options": {"tau": 5}}
+    )
+    silent, telling = (TimestepSampler(process, waiting, budget=300) for _ in range(2))
+    for step in range(200):
+        telling.sample(4, step=step)
+        telling.update(1.0)
+    assert telling.stage == telling.stages - 1
+    assert not recwarn.list
+    for step in range(200):
+        silent.sample(4, step=step)
+    (warning,) = recwarn.list
+    assert f"100 draws of stage 1 of {silent.stages} and no call of update(loss)" in str(warning.message)
+
+
+def test_a_budget_that_ends_in_an_early_stage_is_told(process, curriculum):
+    waiting = curriculum.with_clusters(curriculum.clusters, pacing={"rule": "patience", "options": {"tau": 1000}})
+    sampler = TimestepSampler(process, waiting, budget=20)
+    with pytest.warns(UserWarning, match="the budget of 20 iterations is spent in stage 1"):
+        for step in range(21):
+            sampler.sample(4, step=step)
+            sampler.update(1.0)
+
+
 def test_stage_draws_nothing_outside_its_tasks_and_the_last_stage_draws_everything(process, curriculum):
     sampler = TimestepSampler(process, curriculum, budget=1000, seed=0)
     first = sampler.sample(2000, step=0)[0].numpy()

@@ -40,7 +40,8 @@ def compare(
 ) -> None:
     """Train arms with paired seeds and state the differences with intervals; the same command continues.
 
-    Example: training compare digits --ranking results/digits --arms vanilla curriculum anti --seeds 5 --out compared
+    Example: training compare digits --ranking results/quickstart-digits/measurement --arms vanilla curriculum static
+    --out compared
 
     Args:
         data: Built-in data set, array file, or folder of images.
@@ -103,13 +104,16 @@ def compare(
     figures = draw_folder(out)
     report = write_report(out)[0]
     if json:
-        print(table.to_json(orient="records"))
+        print(table.assign(confirmed=confirms is not None).to_json(orient="records"))
         return
     print(f"{out}: change against {next(iter(dict.fromkeys(arms)))} over {seeds} paired seeds (negative is better)")
     for row in table.to_dict("records"):
         low, middle, high = (percent(row[name]) for name in ("ci_low", "log_ratio", "ci_high"))
         what = f"{row['arm']:18} {row['lr_schedule']:9} {row['metric']:10}"
-        print(f"  {what} {middle} [{low}, {high}]  {row['verdict']}")
+        interval = f" [{low}, {high}]" if seeds > 1 else ""
+        print(f"  {what} {middle}{interval}  {row['verdict']}")
+    if confirms is None:
+        print(f"  these are leads, no claims: confirm them on other seeds with --first-seed and --confirms {out}")
     print(f"  report: {report}")
     print(f"  figures: {', '.join(str(path) for path in figures if path.suffix == '.png')}")
 

@@ -1,18 +1,21 @@
-"""The commands that make and check a curriculum: ``training cluster``, ``recipe`` and ``validate``."""
+"""The commands that make and check a curriculum: ``training cluster``, ``recipe``, ``static`` and ``validate``."""
 
-__all__ = ["cluster", "recipe", "validate"]
+__all__ = ["cluster", "recipe", "static", "validate"]
 
 import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from difficulty.errors import InputError
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
+from difficulty.records import read_table
 from training.commands.arguments import File
-from training.curriculum import Curriculum, known_process, make_curriculum
+from training.curriculum import Curriculum, exposure_matched, known_process, make_curriculum
+from training.curriculum import first_then_all as with_first_apart
 from training.recipe import CHOSEN, MEASURE, measured_recipe
 
 
@@ -25,6 +28,7 @@ def cluster(
     order: str = "easy-to-hard",
     seed: int = 0,
     accumulate: bool = True,
+    first_then_all: bool = False,
     pacing: str = "fraction",
     pacing_options: tuple[str, ...] = (),
     density: str = "uniform",
@@ -32,7 +36,7 @@ def cluster(
 ) -> None:
     """Group the tasks of a ranking into clusters and write a curriculum.
 
-    Example: training cluster results/digits --method kmeans -k 5 -o curriculum.json
+    Example: training cluster results/quickstart-digits/measurement --method kmeans -k 5 -o curriculum.json
 
     Args:
         folder: Results folder with ranking.json, or that file.
@@ -44,6 +48,7 @@ def cluster(
         order: easy-to-hard, hard-to-easy or random.
         seed: Of the random order.
         accumulate: Whether clusters stay in training once they joined.
+        first_then_all: Only the first cluster is trained apart, then everything.
         pacing: Rule that ends a stage: fraction, patience, patience-smoothed, patience-kept or held-out.
         pacing_options: Options of the rule as name=value, such as share=0.2 or tau=200.
         density: Base density of t: uniform, log-snr, log-normal:mean=-1.2,std=1.2, logit-normal, cosine-map, or
@@ -63,18 +68,21 @@ def cluster(
         pacing_options=_options(pacing_options),
         base_density=density,
     )
+    if first_then_all:
+        curriculum = with_first_apart(curriculum)
     curriculum.save(output)
     if json:
         print(jsonlib.dumps(curriculum.model_dump()))
         return
-    print(f"{output}: {k} clusters by {method} of {curriculum.provenance['measure']}, {order}")
+    then = ", the first of them, then all" if first_then_all else ""
+    print(f"{output}: {k} clusters by {method} of {curriculum.provenance['measure']}, {order}{then}")
     _describe(curriculum)
 
 
 def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.json")) -> None:
     """Write the recipe `measured` for a ranking as a curriculum: a density of t that changes over the run.
 
-    Example: training recipe results/digits --design ordered --output measured.json
+    Example: training recipe results/quickstart-digits/measurement --design ordered --output measured.json
 
     Args:
         folder: Results folder with ranking.json, or that file; tasks of equal width in log-SNR serve best.
@@ -85,6 +93,24 @@ def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.jso
     curriculum = measured_recipe(ranking, known_process(ranking.process, str(folder)), design)
     curriculum.save(output)
     print(f"{output}: recipe {design} from {MEASURE}, {len(curriculum.density_phases) + 1} densities of t")
+
+
+def static(run: File, output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("static.json")) -> None:
+    """Write the control of a run's curriculum: t as often as that run drew it, but without any order.
+
+    Example: training static runs/digits -o static.json
+
+    Args:
+        run: Folder of a finished `training run` with a curriculum.
+        output: File to write.
+    """
+    curriculum = Curriculum.load(run / "curriculum.json")
+    table = read_table(run / "coverage.csv", ("t", "expected"))
+    if list(table["t"]) != list(range(1, curriculum.tasks[-1].t_last + 1)):
+        raise InputError(f"{run / 'coverage.csv'} does not hold every t of the curriculum beside it")
+    exposure = np.append(0.0, table["expected"].to_numpy(float))
+    exposure_matched(curriculum, exposure).save(output)
+    print(f"{output}: the histogram of t of {run}, without its order")
 
 
 def validate(curriculum: File, process: str | None = None, json: bool = False) -> int:
