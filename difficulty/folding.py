@@ -12,6 +12,7 @@ __all__ = ["FOLDED", "fold", "shaken", "unfoldable"]
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,31 @@ class FoldedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.experts, -1, x.shape[-1])
-        if self.bias is None:
-            y = torch.bmm(rows, self.weight.mT)
-        else:
-            y = torch.baddbmm(self.bias[:, None], rows, self.weight.mT)
+        y = _BlockwiseLinear.apply(rows, self.weight, self.bias)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class _BlockwiseLinear(torch.autograd.Function):
+    """Rows (E, B, in), weights (E, out, in) and biases (E, out) or None -> (E, B, out).
+
+    What sets it apart from ``torch.baddbmm`` on transposed weights is that the gradient of the weights has their own
+    memory layout; the other would come transposed and be copied before it is accumulated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (rows, weight) = gradients, ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(gradient, weight) if needs_rows else None,
+            torch.bmm(gradient.mT, rows) if needs_weight else None,
+            gradient.sum(1) if needs_bias else None,
+        )
 
 
 class FoldedLayerNorm(nn.Module):
