@@ -11,6 +11,7 @@ Every setting (data, process, prediction) goes through three stages, each of whi
     later      the design `ordered`, made after the first confirmation, on the exploration seeds
     fresh      the same beside its parts on seeds that nothing before has used
     rivals     the same seeds, with the simple arm that was best on held-out nats as the baseline
+    long       the noisiest tasks first once more, four times as long, as the earlier finding had it
     judge      all settings, all simple arms and the recipe with their controls, on seeds of which nothing was chosen:
                what is claimed is claimed from these
 
@@ -44,13 +45,14 @@ import pandas as pd
 from difficulty.datasets import load_dataset
 from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
+from difficulty.plots import save_figure
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
-from difficulty.records import write_bytes, write_table
+from difficulty.records import read_run, write_bytes, write_table
 from training.compare import compare
 from training.curriculum import make_curriculum
-from training.plots import draw_folder
-from training.plots_comparison import overview
+from training.effects import effects, holm
+from training.plots_comparison import COMPARISON_FIGURES, overview
 from training.recipe import DESIGNS, ORDERED
 from training.report import write_report
 from training.verdicts import verdict_table
@@ -66,16 +68,18 @@ CONTROLS = (
 )
 FEWER = ("vanilla", "vanilla-again", "curriculum", "static", "log-snr", "p2", FIRST, FASTEST)
 JUDGING = ("vanilla", "vanilla-again", "curriculum", "static", *SIMPLE, "log-normal", "measured", "measured:ordered")
+DENSITIES = ("logit-normal", "log-normal")
+RECIPES = ("measured", "measured:ordered")
 JUDGED = (
-    *("vanilla", "vanilla-again", "curriculum", "static", "anti", *SIMPLE, "logit-normal", "log-normal"),
+    *("vanilla", "vanilla-again", "curriculum", "static", "anti", *SIMPLE, *DENSITIES),
     *("measured", "measured-static", "measured:ordered"),
 )
 MLP = "mlp:width=96,depth=2"  # half the cost of the default, and still wider than the digits have dimensions
 METRICS = ("fd-pixels", "sw-pixels")
 QUALITY = 0.02
 CURRICULUM_SHARE = 0.25
-FIGURES = ("forest", "learning_curves", "task_curves")
-STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals", "judge")
+FIGURES = ("forest", "learning_curves", "task_curves", "exposure")
+STAGES = ("measure", "explore", "confirm", "constant", "noise", "controls", "later", "fresh", "rivals", "long", "judge")
 EXPLORED = tuple(f"measured:{name}" for name in DESIGNS if name not in ORDERED)
 LATER = tuple(f"measured:{name}" for name in ORDERED)
 CONFIRMS = {"confirm": "explore", "constant": "explore", "noise": "explore", "controls": "explore", "fresh": "later"}
@@ -84,6 +88,7 @@ SEEDS_OF = {
     **dict.fromkeys(("fresh", "rivals"), "fresh_seeds"),
     "judge": "judge_seeds",
 }
+LONGER = 4
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,11 @@ def run_compare(
     setting: Setting, budget: Budget, folder: Path, stage: str, arms: Sequence[str], schedule: str = "cosine"
 ) -> None:
     process, ranking = get_process(setting.process), Ranking.load(folder / "measurement")
+    by_noise = stage in ("noise", "long")
     curriculum = make_curriculum(
         ranking,
-        method="kmeans" if stage != "noise" else "contiguous",
-        measure="excess_nats" if stage != "noise" else "noise-level",
+        method="contiguous" if by_noise else "kmeans",
+        measure="noise-level" if by_noise else "excess_nats",
         k=min(5, budget.tasks),
         pacing="fraction",
         pacing_options={"share": CURRICULUM_SHARE},
@@ -174,7 +180,7 @@ def run_compare(
         ranking=ranking,
         curriculum=curriculum,
         seeds=getattr(budget, SEEDS_OF.get(stage, "confirm_seeds")),
-        steps=round(budget.share * setting.steps),
+        steps=round(budget.share * setting.steps * (LONGER if stage == "long" else 1)),
         out=folder / stage,
         network=setting.network,
         prediction=setting.prediction,
@@ -201,10 +207,10 @@ def choose(folders: dict[str, Path]) -> pd.DataFrame:
     """Every design in every setting that explored, the pooled figures by the rule, and which design they choose."""
     rows = []
     for name, folder in folders.items():
-        effects = pd.read_csv(folder / "explore" / "effects.csv").set_index(["arm", "metric"])["log_ratio"]
+        change = pd.read_csv(folder / "explore" / "effects.csv").set_index(["arm", "metric"])["log_ratio"]
         speed = pd.read_csv(folder / "explore" / "speed.csv").groupby("arm")
         for arm in ("log-snr", *EXPLORED):
-            own = {metric: effects[arm, metric] for metric in ("nats", "loss", *METRICS)}
+            own = {metric: change[arm, metric] for metric in ("nats", "loss", *METRICS)}
             runs = speed.get_group(arm)
             facts = {"share": geometric_mean(runs["share"]), "every_seed_reached": not runs["censored"].any()}
             rows.append({"setting": name, "arm": arm} | facts | own)
@@ -232,10 +238,10 @@ def choose_again(out: Path) -> pd.DataFrame:
     }
     rows = []
     for name, folder in folders.items():
-        effects = pd.read_csv(folder / "effects.csv").query("metric == 'nats'").set_index("arm")
+        nats = pd.read_csv(folder / "effects.csv").query("metric == 'nats'").set_index("arm")
         shares = pd.read_csv(folder / "speed.csv").groupby("arm")["share"].agg(geometric_mean)
         for arm in (FASTEST, *LATER):
-            change = effects.loc[arm, ["log_ratio", "ci_low", "ci_high"]].to_dict()
+            change = nats.loc[arm, ["log_ratio", "ci_low", "ci_high"]].to_dict()
             rows.append({"setting": name, "arm": arm, "share": shares[arm]} | change)
     table = pd.DataFrame(rows)
     table["hurts"] = table["ci_low"] > 0
@@ -246,40 +252,69 @@ def choose_again(out: Path) -> pd.DataFrame:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Copy tables and report of the finished stages, and figures of the confirmation; runs and weights stay."""
+    """Copy tables and report of the finished stages, and draw the figures of the judging one; runs and weights stay."""
     for stage in STAGES[1:]:
         source, target = folder / stage, out / folder.name / stage
         if not (source / "effects.csv").exists():
             continue
-        (target / "figures").mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         for name in ("run.json", "effects.csv", "comparison.csv", "order.csv", "speed.csv"):
             shutil.copy(source / name, target / name)
-        if stage == "confirm":
-            shutil.copy(source / "exposure.csv", target / "exposure.csv")
-            draw_folder(source)
+        if stage == "judge":
+            for name in ("exposure.csv", "task_curves.csv", "task_bounds.csv"):
+                shutil.copy(source / name, target / name)
+            curves = pd.read_csv(source / "curves.csv")
+            write_table(target / "curves.csv", curves[curves["metric"].isin(["nats", "loss"])], digits=7)
             for name in FIGURES:
-                shutil.copy(source / "figures" / f"{name}.png", target / "figures")
+                figure = COMPARISON_FIGURES[name](target)
+                assert figure is not None
+                save_figure(figure, target / "figures", name)
+                (target / "figures" / f"{name}.svg").unlink()
         write_report(target)
         (target / "report.html").unlink()
     shutil.copy(folder / "measurement" / "ranking.json", out / folder.name / "ranking.json")
 
 
-def summarise(out: Path) -> None:
-    """verdicts.csv and the figure over all settings, from the committed comparisons alone."""
-    def finished(stage: str, suffix: str = "") -> dict[str, Path]:
-        folders = {name: out / name / stage for name in SETTINGS}
-        return {f"{name}{suffix}": path for name, path in folders.items() if (path / "effects.csv").exists()}
+def finished(out: Path, stage: str) -> dict[str, Path]:
+    """Folders of the settings whose comparison of that stage is there."""
+    folders = {name: out / name / stage for name in SETTINGS}
+    return {name: folder for name, folder in folders.items() if (folder / "effects.csv").exists()}
 
-    confirmed = finished("confirm")
-    others = finished("constant") | finished("noise", ", noisiest first")
-    others |= finished("controls", ", controls") | finished("fresh", ", fresh seeds")
-    others |= finished("rivals", ", against log-snr")
-    # With a constant learning rate a setting keeps its name: the column lr_schedule tells them apart.
-    write_table(out / "verdicts.csv", pd.concat([verdict_table(folders) for folders in (confirmed, others) if folders]))
-    figure = overview(confirmed, ("nats", *METRICS))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_bytes(out / "overview.png", buffer.getvalue())
+
+def against_the_best(folders: dict[str, Path]) -> pd.DataFrame:
+    """The recipe, paired with the simple arm that is best on the same seeds, by setting and metric; p after Holm."""
+    tables = []
+    for setting, folder in folders.items():
+        final = pd.read_csv(folder / "comparison.csv")
+        for metric in ("nats", *METRICS):
+            own = final[final["metric"] == metric]
+            level = np.log(own["value"]).groupby(own["arm"]).mean()
+            best = str(level[[*SIMPLE, *DENSITIES]].idxmin())
+            table = effects(own[own["arm"].isin([best, *RECIPES])], best)
+            tables.append(table.assign(setting=setting, rival=best))
+    table = pd.concat(tables, ignore_index=True)
+    table["p_holm"] = holm(table["p"].tolist())
+    return table[["setting", "metric", "rival", "arm", "seeds", "log_ratio", "ci_low", "ci_high", "p", "p_holm"]]
+
+
+def summarise(out: Path) -> None:
+    """verdicts.csv, rivals.csv and the figure over all settings, from the committed comparisons alone."""
+    tables = []
+    for stage in STAGES[1:]:
+        folders = finished(out, stage)
+        if folders:
+            confirms = {name: read_run(folder, "compare")["config"]["confirms"] for name, folder in folders.items()}
+            table = verdict_table(folders)
+            tables.append(table.assign(stage=stage, confirmed=table["setting"].map(confirms).notna()))
+    table = pd.concat(tables, ignore_index=True)
+    first = ["setting", "stage", "confirmed"]
+    write_table(out / "verdicts.csv", table[[*first, *table.columns.drop(first)]])
+    judged = finished(out, "judge")
+    if judged:
+        write_table(out / "rivals.csv", against_the_best(judged))
+        buffer = io.BytesIO()
+        overview(judged, ("nats", *METRICS)).savefig(buffer, format="png", dpi=130)
+        write_bytes(out / "overview.png", buffer.getvalue())
 
 
 def main() -> None:
@@ -313,7 +348,7 @@ def main() -> None:
                 run_compare(setting, budget, folder, stage, setting.arms)
             elif stage == "constant" and setting.constant:
                 run_compare(setting, budget, folder, stage, CONSTANT, "constant")
-            elif stage == "noise" and setting.controls:
+            elif stage in ("noise", "long") and setting.controls:
                 run_compare(setting, budget, folder, stage, ("vanilla", "curriculum"), "constant")
             print(f"{stage} {name}: {time.monotonic() - began:.0f} s", flush=True)
         exploring = {name: options.runs / name for name in options.settings if SETTINGS[name].exploring}

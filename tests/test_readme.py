@@ -12,11 +12,9 @@ from training.report import percent
 from training.verdicts import verdicts_in_words
 
 ROOT = Path(__file__).parents[1]
-# The recipe as it is called in comparisons from before and after it was chosen.
-MEASURED = {"measured:root-long": "measured"}
 SHOWN_ARMS = ("curriculum", "measured", "measured:ordered")
-JUDGING = ("digits-mixture-edm", "digits-cosine-v")  # took part in no choice
 README = (ROOT / "README.md").read_text()
+COMPARISON = ROOT / "results" / "comparison"
 
 
 def accuracy_sentence():
@@ -151,10 +149,11 @@ def test_the_speed_of_the_trainer_is_that_of_the_committed_table():
 
 
 def shown_verdicts():
-    """The committed verdicts of the settings in the README's table, learning rate annealed."""
-    table = pd.read_csv(ROOT / "results" / "comparison" / "verdicts.csv")
-    table = table[table["setting"].str.endswith(", fresh seeds") | table["setting"].isin(JUDGING)]
-    return table[table["lr_schedule"] == "cosine"].assign(arm=table["arm"].replace(MEASURED))
+    """The committed verdicts that are claimed: those of the judging stage."""
+    table = pd.read_csv(COMPARISON / "verdicts.csv")
+    table = table[table["stage"] == "judge"]
+    assert table["confirmed"].all()
+    return table
 
 
 def verdict_rows():
@@ -167,8 +166,7 @@ def verdict_rows():
         for arm in SHOWN_ARMS:
             nats, iterations = words.loc[(setting, arm), ["nats", "iterations"]]
             cells.append(f"{nats}; {iterations.split(' (')[0]}")
-        name = setting.removesuffix(", fresh seeds")
-        rows.append("| " + " | ".join([name + (" (judging)" if name in JUDGING else ""), *cells]) + " |")
+        rows.append("| " + " | ".join([setting, *cells]) + " |")
     return rows
 
 
@@ -185,25 +183,56 @@ def sample_quality_sentence():
     )
 
 
-def frechet_sentence():
-    """Where `measured` hurts the Frechet distance, and by how much."""
-    table = shown_verdicts().query("metric == 'fd-pixels' and arm == 'measured'")
-    hurt = table[table["verdict"].str.startswith("hurts")]
-    said = [
-        f"{row['setting'].removesuffix(', fresh seeds')} {percent(row['log_ratio'])} "
-        f"[{percent(row['ci_low'])}, {percent(row['ci_high'])}]"
-        for _, row in hurt.iterrows()
-    ]
-    return f"The Fréchet distance of `measured` is worse in {len(said)} settings: {', '.join(said)}."
+def measured_sentence():
+    """In how many settings `measured` helps held-out nats, and where it hurts the Frechet distance."""
+    table = shown_verdicts().query("arm == 'measured'")
+    nats = table[table["metric"] == "nats"]
+    helped = nats["verdict"].str.startswith("helps").sum()
+    hurt = table[(table["metric"] == "fd-pixels") & table["verdict"].str.startswith("hurts")]
+    said = ", ".join(f"{row['setting']} {change(row)}" for _, row in hurt.iterrows())
+    return (
+        f"The recipe `measured` helps the held-out nats in {helped} of {len(nats)} settings; its Fréchet distance is "
+        f"worse in {len(hurt)}: {said}."
+    )
+
+
+def order_sentence():
+    """What the order alone does to held-out nats, against the same histogram of t."""
+    found = {"helps": [], "hurts": [], "no difference shown": []}
+    for setting in dict.fromkeys(shown_verdicts()["setting"]):
+        table = pd.read_csv(COMPARISON / setting / "judge" / "order.csv").set_index(["arm", "metric"])
+        row = table.loc[("curriculum", "nats")]
+        found[row["verdict"].split(",")[0]].append(f"{setting} {change(row)}")
+    said = "; ".join(f"{verdict} in {', '.join(rows)}" for verdict, rows in found.items() if rows)
+    return f"Against the same histogram of t without order, easy to hard: {said}."
+
+
+def rivals_sentence():
+    """How often the recipe is better or worse than the simple arm that is best on the same seeds."""
+    table = pd.read_csv(COMPARISON / "rivals.csv").query("arm == 'measured'")
+    said = []
+    for metric, name in (("nats", "held-out nats"), ("fd-pixels", "Fréchet"), ("sw-pixels", "sliced Wasserstein")):
+        own = table[table["metric"] == metric]
+        shown = own["p_holm"] < 0.05
+        better, worse = (int((shown & (sign * own["log_ratio"] > 0)).sum()) for sign in (-1, 1))
+        said.append(f"{name} better in {better}, worse in {worse}")
+    return (
+        f"Against the simple arm that is best on the same seeds, `measured` in {len(own)} settings: {'; '.join(said)}; "
+        "in the others no difference is shown."
+    )
+
+
+def change(row):
+    return f"{percent(row['log_ratio'])} [{percent(row['ci_low'])}, {percent(row['ci_high'])}]"
 
 
 def test_the_verdicts_are_those_of_the_committed_comparisons():
     rows = verdict_rows()
     assert len(rows) == 8
-    assert sample_quality_sentence() in " ".join(README.split())
-    assert frechet_sentence() in " ".join(README.split())
-    block = README.split("<!-- verdicts: results/comparison/verdicts.csv -->")[1].split("\n\n")[0].strip().splitlines()
-    assert block[2:] == rows
+    for sentence in (sample_quality_sentence(), measured_sentence(), order_sentence(), rivals_sentence()):
+        assert sentence in " ".join(README.split())
+    block = README.split("<!-- verdicts: results/comparison/verdicts.csv, stage judge -->")[1].split("\n\n")[0]
+    assert block.strip().splitlines()[2:] == rows
 
 
 def test_every_file_that_the_readme_names_exists():

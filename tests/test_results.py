@@ -2,15 +2,20 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+
+from training.plots_comparison import COMPARISON_FIGURES
+from training.report import write_report
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMPARISON = RESULTS / "comparison"
 TEXT = (COMPARISON / "README.md").read_text()
-# The recipe's name in the comparisons that were made after its choice.
-CHOSEN = "measured:root-long"
+# The chosen design of the recipe by its own name.
+CHOSEN = "root-long"
 
 
 def rows_below(heading):
@@ -19,9 +24,9 @@ def rows_below(heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def verdicts():
+def verdicts(*stages):
     table = pd.read_csv(COMPARISON / "verdicts.csv")
-    return table.assign(arm=table["arm"].replace("measured", CHOSEN))
+    return table[table["stage"].isin(stages)]
 
 
 def interval(row):
@@ -42,12 +47,10 @@ def test_the_runs_that_are_listed_are_those_that_were_made():
 
 
 def test_the_recipe_against_its_aim_is_that_of_the_verdicts():
-    table = verdicts()
+    table = verdicts("judge").query("lr_schedule == 'cosine'")
     for setting, design, iterations, nats, frechet, wasserstein, aim in rows_below("setting | design"):
-        own = f"{setting}, fresh seeds"
-        own = own if (table["setting"] == own).any() else setting
-        found = table[(table["setting"] == own) & (table["arm"] == f"measured:{design}")]
-        found = found[found["lr_schedule"] == "cosine"].set_index("metric")
+        arm = "measured" if design == CHOSEN else f"measured:{design}"
+        found = table[(table["setting"] == setting) & (table["arm"] == arm)].set_index("metric")
         assert [nats, frechet, wasserstein] == [
             interval(found.loc[name]) for name in ("nats", "fd-pixels", "sw-pixels")
         ], (setting, design)
@@ -64,11 +67,62 @@ def test_the_recipe_against_its_aim_is_that_of_the_verdicts():
 
 
 def test_the_orders_are_those_of_the_verdicts():
-    table = verdicts().query("metric == 'nats' and lr_schedule == 'cosine'")
+    table = verdicts("judge", "controls").query("metric == 'nats' and lr_schedule == 'cosine'")
     for arm, *cells in rows_below("arm | linear, eps"):
         for setting, cell in zip(("digits-mixture-linear-eps", "digits-mixture-cosine-v"), cells, strict=True):
-            both = table[table["setting"].isin([setting, f"{setting}, controls"]) & (table["arm"] == arm)]
+            both = table[(table["setting"] == setting) & (table["arm"] == arm)]
             assert cell in [interval(row) for row in both.to_dict("records")], (arm, setting)
+
+
+def test_the_rivals_are_those_of_the_table():
+    table = pd.read_csv(COMPARISON / "rivals.csv").set_index(["setting", "metric", "arm"])
+    rows = rows_below("setting | metric")
+    assert len(rows) == len(table) / 2
+    for setting, metric, rival, *cells in rows:
+        for arm, cell in zip(("measured", "measured:ordered"), cells, strict=True):
+            row = table.loc[(setting, metric, arm)]
+            shown = "" if row["p_holm"] < 0.05 else ", not shown"
+            assert (rival, cell) == (row["rival"], f"{interval(row)}{shown}")
+
+
+def test_the_earlier_findings_are_those_of_the_tables():
+    text = " ".join(TEXT.split("## Earlier findings")[1].split())
+    table = verdicts("constant", "noise", "long", "judge").set_index(["stage", "setting", "arm", "metric"])
+
+    def said(stage, setting, arm, metric):
+        return interval(table.loc[(stage, f"digits-mixture-{setting}", arm, metric)])
+
+    stages = ("constant", "noise", "long", "judge")
+    short, noise, long, _ = (said(stage, "cosine-v", "curriculum", "loss") for stage in stages)
+    first = f"noisiest first {noise}, at 6000 iterations {long}"
+    assert f"measured order {short}; {first} | not reproduced |" in text
+    short, noise, long, annealed = (said(stage, "linear-eps", "curriculum", "loss") for stage in stages)
+    first = f"noisiest first {noise}, at 6000 iterations {long}"
+    assert f"constant: {short}; {first}; annealed: {annealed} | reversed: it helps" in text
+    p2 = [said(stage, s, "p2", "fd-pixels") for s in ("linear-eps", "cosine-v") for stage in ("constant", "judge")]
+    assert f"linear, eps: constant {p2[0]}, annealed {p2[1]}; cosine, v: {p2[2]}, {p2[3]}" in text
+    clock = pd.read_csv(RESULTS / "comparison-checks" / "clock.csv").set_index(["rule", "network"])["in_units"]
+    learning, still = ([f"{v:.2f}" for v in clock["patience", name]] for name in ("learning", "not learning"))
+    assert f"{', '.join(learning)} tau with learning, {', '.join(still)} without, for tau = 10, 30, 100" in text
+
+
+def test_every_committed_report_is_what_its_folder_says(tmp_path):
+    reports = sorted(COMPARISON.glob("*/*/report.md"))
+    assert len(reports) > 30
+    for number, report in enumerate(reports):
+        copy = tmp_path / str(number)
+        shutil.copytree(report.parent, copy)
+        write_report(copy)
+        assert (copy / "report.md").read_text() == report.read_text(), report
+
+
+def test_every_committed_figure_of_a_comparison_is_drawn_from_its_folder():
+    figures = sorted(COMPARISON.glob("*/*/figures/*.png"))
+    assert len(figures) == 32
+    for path in figures:
+        figure = COMPARISON_FIGURES[path.stem](path.parents[1])
+        assert figure is not None
+        plt.close(figure)
 
 
 def test_the_gain_over_one_thread_is_that_of_the_table():

@@ -2,6 +2,7 @@
 
 __all__ = ["COMPARISON_FIGURES", "forest", "overview"]
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 MARKERS = {"constant": "o", "cosine": "s", "linear": "^"}
 PANELS = 4  # panels side by side in a figure of one panel per arm
 SHOWN_LINES = 8  # more lines than colours cannot be told apart
+LARGEST_CHANGE = 150.0  # %; one arm that ruins a metric would make points of all others
+TITLE_WIDTH = 12  # letters of a column's title in a line
 
 
 def percent_change(log_ratio: npt.ArrayLike) -> np.ndarray:
@@ -69,7 +72,7 @@ def forest(folder: Path) -> "Figure":
     band = "; grey band: A/A" if _again(folder) else ""
     figure.suptitle(
         f"Against {_baseline(folder)}, {table['seeds'].iloc[0]} paired seeds, 95 % intervals: left of 0 is better\n"
-        f"filled: significant after Holm (blue helps, orange hurts); open: no difference shown{band}",
+        f"filled: significant after Holm (blue helps, orange hurts); open: no difference shown{band}; arrow: beyond",
         fontsize=9,
     )
     return figure
@@ -83,7 +86,7 @@ def _effect(ax: "Axes", y: float, row: Any, marker: str) -> None:
     colour = BETTER if verdict.startswith("helps") else WORSE if verdict.startswith("hurts") else NEUTRAL
     ax.plot([low, high], [y, y], color=colour, lw=1.8, solid_capstyle="butt")
     left, right = ax.get_xlim()
-    if not left <= middle <= right:  # an A/A arm, by which the limits are not made
+    if not left <= middle <= right:
         marker, middle = ("<", left) if middle < left else (">", right)
     ax.plot(
         [middle], [y], marker, ms=4.5, color=colour, mfc=colour if colour != NEUTRAL else "white", clip_on=False
@@ -117,19 +120,21 @@ def overview(folders: Mapping[str, Path], metrics: Sequence[str], schedule: str 
             ax.set_xlabel("change, %", fontsize=8)
             if across == 0:
                 ax.set_ylabel(METRIC_NAMES.get(metric, metric), fontsize=8)
-        axes[0, across].set_title(name.replace("-", "-\n", 1) if len(name) > 16 else name, fontsize=8)
+        lines = textwrap.wrap(name.replace("-", "- "), TITLE_WIDTH)
+        axes[0, across].set_title("\n".join(lines).replace("- ", "-"), fontsize=8)
     figure.suptitle(
         f"Change against plain training, learning rate {schedule}: left of 0 is better, 95 % intervals\n"
-        "blue helps, orange hurts (after Holm), open: no difference shown; grey band: A/A",
+        "blue helps, orange hurts (after Holm), open: no difference shown; grey band: A/A; arrow: beyond the axis",
         fontsize=9,
     )
     return figure
 
 
 def _fit(ax: "Axes", effects: pd.DataFrame, again: Sequence[str]) -> None:
-    """Limits by the arms that are judged: the A/A band may reach far beyond the effects, which the figure is about."""
+    """Limits by the arms that are judged and ruin nothing: the A/A band may reach far beyond the effects."""
     # With one seed there is a change and no interval.
-    ends = effects.loc[~effects["arm"].isin(again), ["ci_low", "log_ratio", "ci_high"]].to_numpy(float)
+    shown = ~effects["arm"].isin(again) & (effects["log_ratio"] < np.log1p(LARGEST_CHANGE / 100))
+    ends = effects.loc[shown, ["ci_low", "log_ratio", "ci_high"]].to_numpy(float)
     low, high = percent_change([min(np.nanmin(ends), 0), max(np.nanmax(ends), 0)]) if ends.size else (-1, 1)
     ax.set_xlim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
 

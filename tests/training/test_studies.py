@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from difficulty.records import read_run
 from training import jobs
 from training.recipe import CHOSEN, DESIGNS, ORDERED
 from training.verdicts import verdict_table, verdicts_in_words
@@ -47,7 +48,7 @@ def test_the_studies_run_at_a_reduced_budget_and_leave_what_is_committed(publish
         if path.is_file() and path.relative_to(RESULTS).parts[0] in ("grid-2d-linear-eps", "designs.csv")
     }
     assert kept <= made
-    assert {"verdicts.csv", "overview.png", "designs.csv"} <= made
+    assert {"verdicts.csv", "rivals.csv", "overview.png", "designs.csv"} <= made
     designs = pd.read_csv(published / "designs.csv")
     assert set(designs["arm"]) == {"log-snr", *(f"measured:{name}" for name in DESIGNS if name not in ORDERED)}
     assert designs["chosen"].fillna(False).astype(bool).sum() == 1
@@ -80,22 +81,38 @@ def test_the_recipe_is_the_design_that_the_second_rule_chose_before_the_settings
         assert "measured" in set(pd.read_csv(RESULTS / name / "confirm" / "comparison.csv")["arm"])
 
 
+def test_what_is_claimed_confirms_an_exploration_on_seeds_of_which_nothing_was_chosen():
+    settings = script("comparison_studies").SETTINGS
+    for name in settings:
+        config = read_run(RESULTS / name / "judge", "compare")["config"]
+        assert config["confirms"] is not None
+        assert config["seeds"] == list(range(300, 308))
+
+
 def test_the_committed_verdicts_are_those_of_the_committed_comparisons():
-    confirmed = {path.parent.name: path for path in RESULTS.glob("*/confirm")}
-    expected = verdict_table(confirmed).set_index(["setting", "arm", "lr_schedule", "metric"])
-    found = pd.read_csv(RESULTS / "verdicts.csv").set_index(["setting", "arm", "lr_schedule", "metric"])
+    table = pd.read_csv(RESULTS / "verdicts.csv")
+    assert set(table["stage"]) == {path.name for path in RESULTS.glob("*/*") if (path / "effects.csv").exists()}
+    for stage, rows in table.groupby("stage"):
+        _compare_verdicts(rows, {path.parent.name: path for path in RESULTS.glob(f"*/{stage}")})
+
+
+def _compare_verdicts(rows, folders):
+    expected = verdict_table(folders).set_index(["setting", "arm", "lr_schedule", "metric"])
+    found = rows.set_index(["setting", "arm", "lr_schedule", "metric"])
+    assert len(found) == len(expected)
     for name in ("log_ratio", "ci_low", "ci_high", "share"):
         assert found.loc[expected.index, name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-6)
 
 
 def test_no_committed_comparison_judges_on_a_seed_that_was_explored():
-    seeds = {stage: set() for stage in ("explore", "confirm", "fresh")}
+    seeds = {stage: set() for stage in ("explore", "confirm", "fresh", "judge")}
     for stage, own in seeds.items():
         for path in RESULTS.glob(f"*/{stage}/comparison.csv"):
             own |= set(pd.read_csv(path)["seed"])
     assert len(seeds["confirm"]) >= 8
     assert not seeds["explore"] & seeds["confirm"]
     assert not seeds["fresh"] & (seeds["explore"] | seeds["confirm"])
+    assert not seeds["judge"] & (seeds["explore"] | seeds["confirm"] | seeds["fresh"])
 
 
 def test_the_checks_of_the_comparison_run_at_a_reduced_budget(tmp_path, monkeypatch):
