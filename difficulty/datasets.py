@@ -86,7 +86,7 @@ class Dataset:
             "exact_law": type(self.law).__name__ if self.law else None,
         }
         if self.large is not None:
-            found["large"] = {"samples": len(self.large), "sha256": self.large.rows.fingerprint}
+            found["large"] = self.large.fingerprint
         return found
 
     @property

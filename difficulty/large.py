@@ -14,6 +14,7 @@ Labels and captions are read once, when the data set is opened. Images are scale
 
 __all__ = ["DataLost", "ImageFolder", "Large", "Rows", "open_large"]
 
+import functools
 import io
 import json
 import re
@@ -28,9 +29,12 @@ import numpy.typing as npt
 import torch
 
 from difficulty.errors import InputError, first_line
+from difficulty.records import fingerprint_array
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLE_MEMBERS = (*IMAGE_MEMBERS, ".npy")
+# Samples, spread over all of them, whose content is part of a fingerprint.
+LOOKED_AT = 64
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Pixels = npt.NDArray[np.float32]
@@ -98,6 +102,17 @@ class Large:
         if not np.isfinite(sample).all():
             raise InputError(f"{place} has NaN or infinite values; remove it")
         return torch.from_numpy(sample)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others: the files, and the content of ``LOOKED_AT`` samples spread over them.
+
+        Raises:
+            DataLost: if one of those can no longer be read.
+        """
+        spread = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int))
+        content = fingerprint_array(self.read(spread.tolist()).numpy())["sha256"]
+        return {"samples": len(self), "sha256": self.rows.fingerprint, "spread_sha256": content}
 
     def read(self, numbers: Sequence[int]) -> torch.Tensor:
         """Train samples by number, (n, *shape)."""

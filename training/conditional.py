@@ -43,6 +43,7 @@ from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.randomness import seeded_torch
+from difficulty.records import digest
 from training.streams import CONDITION
 from training.text import Text, TextTable
 
@@ -252,7 +253,8 @@ class Classes(Conditioning):
         assert labels is not None
         self.labels, self.heldout_labels = labels, data.heldout_labels
         self.classes = int(labels.max()) + 1
-        self.facts = {"kind": "class", "network": {"classes": self.classes}}
+        given = [part.tolist() for part in (labels, data.heldout_labels)]
+        self.facts = {"kind": "class", "network": {"classes": self.classes}, "labels": digest({"given": given})}
 
     def train(self, rows: Tensor, dropped: Tensor) -> Tensor:
         return torch.where(dropped, self.classes, self.labels[rows])
@@ -287,6 +289,7 @@ class Captions(Conditioning):
             "network": {"width": text.text.pooled.shape[1], "null_tokens": text.text.tokens.shape[1]},
             "encoder": TINY_ENCODER if text.encoder.trained else text.encoder.spec,
             "fingerprint": text.encoder.fingerprint,
+            "captions": digest({"given": [list(data.trained_captions or ()), list(data.heldout_captions)]}),
         }
 
     def network(self, network: nn.Module, seed: int) -> ConditionalNetwork:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,7 +134,10 @@ def test_conditional_run_is_resumed_and_restored_with_its_labels(two_classes, pr
         train(two_classes, process, plan, tmp_path / "cut", cadence=cadence, watch=stop)
     train(two_classes, process, plan, tmp_path / "cut", cadence=cadence)
     denoiser, config = restore(tmp_path / "cut")
-    assert config["condition"] == {"kind": "class", "network": {"classes": 2}}
+    assert config["condition"]["network"] == {"classes": 2}
+    relabelled = replace(two_classes, labels=1 - two_classes.labels)
+    with pytest.raises(InputError, match="a run with other settings"):
+        train(relabelled, process, plan, tmp_path / "cut", cadence=cadence)
     labels = torch.arange(6) % 2
     first = draw_samples(denoiser, 6, (2,), seed=0, condition=labels, guidance=2.0)
     assert torch.equal(first, draw_samples(whole.ema, 6, (2,), seed=0, condition=labels, guidance=2.0))

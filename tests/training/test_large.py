@@ -110,6 +110,17 @@ def test_what_is_not_in_memory_is_the_same_data_under_the_same_fingerprint(kind,
     assert part.fingerprint == load_dataset(spec, resident=30).fingerprint
 
 
+def test_other_arrays_of_the_same_size_have_another_fingerprint(tmp_path):
+    found = []
+    for sign in (1.0, -1.0):
+        with webdataset.ShardWriter(str(tmp_path / "%d.tar"), verbose=0) as writer:
+            for i in range(60):
+                writer.write({"__key__": str(i), "npy": np.full((1, 2, 2), i if i < 20 else sign * i, np.float32)})
+        found.append(load_dataset(f"wds:{tmp_path}/0.tar", resident=5).fingerprint["large"])
+    assert found[0]["sha256"] == found[1]["sha256"]
+    assert found[0]["spread_sha256"] != found[1]["spread_sha256"]
+
+
 def test_shards_hold_what_webdataset_itself_reads_from_them(shards):
     read = webdataset.WebDataset(str(shards / "s-{000..002}.tar"), shardshuffle=False).decode("pil")
     theirs = {sample["txt"]: np.asarray(sample["png"].convert("L")) / 127.5 - 1 for sample in read}
