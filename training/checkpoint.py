@@ -88,9 +88,9 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     passed: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return _read(path), passed
+            return _read(path), [f"{sentence}; the checkpoint before it is used" for sentence in passed]
         except InputError as error:
-            passed.append(f"{error}; the checkpoint before it is used")
+            passed.append(str(error))
     return None, passed
 
 

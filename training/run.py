@@ -40,6 +40,7 @@ from difficulty.records import RUN_FORMAT, finish_run, read_json, start_run, wri
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process, tasks_of
+from training.density import task_masses
 from training.heldout import HeldOut, HeldOutLoss
 from training.sampling import draw_samples
 from training.text import TextTable
@@ -185,9 +186,13 @@ def train(
         return trainer
     _write_tables(trainer, out, log, tasks)
     seen = np.sum([record.samples_per_t for record in trainer.sampler.log()], axis=0)
-    for task in tasks:
+    likeliest = np.max([task_masses(base, tasks) for base in trainer.sampler.bases], axis=0)
+    for task, mass in zip(tasks, likeliest.tolist(), strict=True):
         if not seen[task.t_first : task.t_last + 1].any():
-            tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; train longer")
+            advice = "train longer"
+            if mass * seen.sum() < 1:
+                advice = f"its share of the density of t is {mass:.1g}, so choose a wider density"
+            tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; {advice}")
     if not isinstance(trainer.ema.network, ConditionalNetwork):
         save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
     if run["status"] != "finished":
@@ -248,6 +253,8 @@ def _open(
     for sentence in passed:
         tell(sentence)
     if state is None:
+        if passed:
+            tell(f"no whole checkpoint is left in {out}; starting anew")
         return start_run(out, "train", config), None
     tell(f"continuing {out} after step {state['step']}")
     if found.get("status") == "finished" and state["step"] == trainer.plan.steps:

@@ -286,6 +286,20 @@ def test_task_that_was_never_trained_is_said(gaussian, process, staged, tmp_path
     told.clear()
     train(gaussian, process, PLAN, tmp_path / "long", staged, cadence=CADENCE, tell=told.append)
     assert not told
+    narrow = TrainPlan(**(vars(PLAN) | {"density": "log-normal:mean=-1.2,std=0.05"}))
+    train(gaussian, process, narrow, tmp_path / "narrow", cadence=CADENCE, tell=told.append)
+    assert told
+    assert all("so choose a wider density" in sentence for sentence in told)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_anew(gaussian, process, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"")
+    told = []
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, tell=told.append)
+    assert "starting anew" in told[-1]
+    assert not any("before it is used" in sentence for sentence in told)
 
 
 def test_disk_that_fills_up_costs_one_sentence_and_the_run_goes_on_once_there_is_room(
