@@ -9,7 +9,6 @@ Blocks of both alternate, so that a busy machine disturbs both alike; speeds are
 """
 
 import argparse
-import resource
 import shlex
 import subprocess
 import sys
@@ -177,7 +176,13 @@ def print_peak(network: str, name: str, options: argparse.Namespace) -> None:
 
     contestants(network, options)[name]()(5)
     on_gpu = torch.cuda.max_memory_allocated() / 2**30 if options.device != "cpu" else 0.0
-    print(on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(on_gpu or peak_resident_gib())
+
+
+def peak_resident_gib() -> float:
+    """Peak memory of this process; Linux's ru_maxrss would be that of its parent, if that was larger."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 2**20
 
 
 def main() -> None:
