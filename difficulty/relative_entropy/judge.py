@@ -191,7 +191,8 @@ class Judge:
             replicated[i] = self._replicate(names[i], splits, where)
             long_step[i] = self._long_step(replicated[i])
             tested[i] = self.tests.test(names[i]).scaled(long_step[i])
-            self.settings.progress(len(jobs) + done + 1, 2 * len(jobs))
+            half = len(self.pool)
+            self.settings.progress(half + round(half * (done + 1) / len(jobs)), 2 * half)
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
         columns = np.arange(len(self.tau))
 
