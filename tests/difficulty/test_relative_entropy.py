@@ -377,9 +377,10 @@ def test_a_part_that_is_estimated_small_does_not_excuse_itself():
 
 
 def test_a_narrow_bracket_is_an_answer_where_the_fit_is_refused():
-    # One direction of the ten is not known exactly: between the bounds there is little room.
+    # One direction of the twenty is not known exactly: between the bounds there is little room. (Of 1500 rows so many
+    # flat pieces can be fitted that the fit itself is valid.)
     law, pairs = Ring(20), [20, 60]
-    table = kl(split_samples("ring", samples_of(law, 1500)), "ve", pairs=pairs, bootstrap=4)
+    table = kl(split_samples("ring", samples_of(law, 400)), "ve", pairs=pairs, bootstrap=4)
     truth = kl(exact_dataset(law), "ve", pairs=pairs, samples=20_000).kl
     assert (table.estimator == "bracket").all()
     assert table.valid.all()
