@@ -146,10 +146,11 @@ def test_the_accuracy_in_words_is_that_of_the_tables():
         (row["law"], row["process"], row["t"]): f"{100 * (row['kl'] / row['truth'] - 1):.0f} %"
         for _, row in wrong[wrong["estimator"] == "auto"].iterrows()
     }
-    laplace = [off.pop(("laplace-2", *where)) for where in (("vp-linear", 32), ("vp-cosine", 65), ("edm", 220))]
+    places = (("vp-linear", 32), ("vp-cosine", 65), ("edm", 220))
+    linear, cosine, edm = (off.pop(("laplace-2", *place)) for place in places)
     assert not off
-    assert laplace[0] == laplace[1]
-    assert f"by {laplace[0]} under VP-linear (t = 32) and VP-cosine (t = 65), by {laplace[2]} under EDM (t = 220)" in text
+    assert linear == cosine
+    assert f"by {linear} under VP-linear (t = 32) and VP-cosine (t = 65), by {edm} under EDM (t = 220)" in text
     counts = wrong.groupby(["estimator", "law"]).size().to_dict()
     assert counts == {("auto", "laplace-2"): 3, ("empirical", "uniform-3"): 2, ("mixture", "laplace-2"): 5}
     whole = table[table["law"] == "(all)"].set_index("estimator")["coverage"]
