@@ -1,6 +1,6 @@
 """Does an order or a density of timesteps help? The studies behind results/comparison, from data to verdict.
 
-Every setting (data, process, prediction) goes through three stages, each of which continues where it stopped:
+Every setting (data, process, prediction) goes through these stages or some of them; each continues where it stopped:
 
     measure    experts on 20 tasks of equal width in log-SNR: the difficulty from which curriculum and recipe are made
     explore    all designs of the recipe `measured` on exploration seeds, learning rate annealed
@@ -26,7 +26,7 @@ time (``choose_again``), by what the fresh seeds say: of the designs that hurt h
 reaches plain training's final nats after the smallest share of its iterations, pooled as before. Settings whose
 ``judging`` is true were trained after that and took part in no choice.
 
-    python benchmarks/comparison_studies.py                      everything, about an hour on one core
+    python benchmarks/comparison_studies.py                      everything, an hour and a half on one core
     python benchmarks/comparison_studies.py --settings grid-2d-linear-eps --stages measure explore confirm
     python benchmarks/comparison_studies.py --smoke --out DIR     the same path in seconds, for the tests
 """

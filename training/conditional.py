@@ -43,7 +43,7 @@ from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.randomness import seeded_torch
-from difficulty.records import digest
+from difficulty.records import digest, fingerprint_array
 from training.streams import CONDITION
 from training.text import Text, TextTable
 
@@ -253,8 +253,8 @@ class Classes(Conditioning):
         assert labels is not None
         self.labels, self.heldout_labels = labels, data.heldout_labels
         self.classes = int(labels.max()) + 1
-        given = [part.tolist() for part in (labels, data.heldout_labels)]
-        self.facts = {"kind": "class", "network": {"classes": self.classes}, "labels": digest({"given": given})}
+        given = fingerprint_array(torch.cat([labels, data.heldout_labels]).numpy())["sha256"]
+        self.facts = {"kind": "class", "network": {"classes": self.classes}, "labels": given}
 
     def train(self, rows: Tensor, dropped: Tensor) -> Tensor:
         return torch.where(dropped, self.classes, self.labels[rows])

@@ -190,8 +190,8 @@ class TimestepSampler:
                 every rank moves on at the same iteration.
             t: the timesteps, for loops that hand them over; the rules at hand do not read them.
         """
-        # Reading a loss waits for the accelerator, so it is done only for rules that need it.
         self._unheard = 0
+        # Reading a loss waits for the accelerator, so it is done only for rules that need it.
         if self.pacing.wants_loss and self.stage < self.stages - 1:
             mean = loss.detach().float().mean() if isinstance(loss, Tensor) and loss.ndim else loss
             self.pacing.observe(float(mean))

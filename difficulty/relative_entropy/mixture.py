@@ -220,64 +220,70 @@ def _clusters(x: Tensor, w: Tensor, k: int, seed: int, tries: int = 1) -> Tensor
 
 def _joined(x: Tensor, w: Tensor, responsibility: Tensor, options: MixtureOptions, floor: float) -> Tensor:
     """Responsibilities with components joined, each time the two that cost the least likelihood, until K are left."""
-    mass = (responsibility * w).sum(1)
-    r, mass = responsibility[mass > 0], mass[mass > 0]
-    means = (r * w) @ x / mass[:, None]
-    centred = x - means[:, None]
-    scatter = torch.bmm((centred * (r * w)[..., None]).transpose(1, 2), centred)
+    r = responsibility[(responsibility * w).sum(1) > 0]
+    mass, means, scatter = _moments(x, r * w)
     prior = options.strength * scatter.sum(0) / w.sum()
-    least = floor * torch.eye(x.shape[1], dtype=x.dtype)
 
     def loss(mass: Tensor, scatter: Tensor) -> Tensor:
         """Nats that rows cost in a component of their own, (components,)."""
-        covariance = (scatter + prior) / (mass + options.strength)[:, None, None] + least
-        factor, _ = torch.linalg.cholesky_ex(covariance)
+        factor, _ = torch.linalg.cholesky_ex(_shrunk(mass, scatter, prior, options.strength, floor))
         log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
         inside = torch.cholesky_solve(scatter, factor).diagonal(dim1=1, dim2=2).sum(1)
         return 0.5 * (mass * log_det + inside) - mass * (mass / w.sum()).log()
 
-    def joint(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mass, mean and scatter of component i with each other one."""
-        both = mass[i] + mass
-        between = means[i] - means
+    def joint(i: int) -> tuple[Tensor, Tensor]:
+        """Mass and scatter of component i with each other one."""
+        both, between = mass[i] + mass, means[i] - means
         added = (mass[i] * mass / both)[:, None, None] * between[:, :, None] * between[:, None, :]
-        return both, (mass[i] * means[i] + mass[:, None] * means) / both[:, None], scatter[i] + scatter + added
+        return both, scatter[i] + scatter + added
 
     alone = loss(mass, scatter)
-    price = torch.stack([loss(*joint(i)[::2]) - alone[i] - alone for i in range(len(mass))])
+    price = torch.stack([loss(*joint(i)) - alone[i] - alone for i in range(len(mass))])
     price.fill_diagonal_(math.inf)
     while len(mass) > options.components:
         i, j = divmod(int(price.nan_to_num(math.inf).argmin()), len(mass))
-        both = joint(i)
-        r, mass, means, scatter = r.clone(), mass.clone(), means.clone(), scatter.clone()
+        both = [part[j] for part in joint(i)]
+        means[i] = (mass[i] * means[i] + mass[j] * means[j]) / both[0]
+        mass[i], scatter[i] = both
         r[i] += r[j]
-        mass[i], means[i], scatter[i] = (part[j] for part in both)
         kept = torch.arange(len(mass)) != j
-        r, mass, means, scatter = r[kept], mass[kept], means[kept], scatter[kept]
+        r, mass, means, scatter, alone = (part[kept] for part in (r, mass, means, scatter, alone))
+        price = price[kept][:, kept]
         i -= int(j < i)
-        alone, price = alone[kept], price[kept][:, kept]
         alone[i] = loss(mass[i : i + 1], scatter[i : i + 1])[0]
-        price[i] = price[:, i] = loss(*joint(i)[::2]) - alone[i] - alone
+        price[i] = price[:, i] = loss(*joint(i)) - alone[i] - alone
         price[i, i] = math.inf
     return r
+
+
+def _moments(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses (K,), means (K, d) and scatters (K, d, d) of rows (n, d) with weights (K, n)."""
+    mass = r.sum(1)
+    means = r @ x / mass[:, None]
+    centred = x - means[:, None]
+    return mass, means, torch.bmm((centred * r[..., None]).transpose(1, 2), centred)
+
+
+def _shrunk(mass: Tensor, scatter: Tensor, prior: Tensor, strength: float, floor: float) -> Tensor:
+    """The covariances at the head of this module, for a finite strength; ``prior`` is that times the pooled one."""
+    least = floor * torch.eye(scatter.shape[-1], dtype=scatter.dtype)
+    return (scatter + prior) / (mass + strength)[:, None, None] + least
 
 
 def _maximise(
     x: Tensor, w: Tensor, responsibility: Tensor, strength: float, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     r = responsibility * w
-    mass = r.sum(1)
-    keep = mass > 1e-6 * w.sum()
-    r, mass = r[keep], mass[keep]
-    means = r @ x / mass[:, None]
+    r = r[r.sum(1) > 1e-6 * w.sum()]
     if math.isinf(strength):
+        mass = r.sum(1)
+        means = r @ x / mass[:, None]
         between = (means * mass[:, None]).T @ means
-        covariances = ((x * r.sum(0)[:, None]).T @ x - between)[None] / w.sum()
+        pooled = ((x * r.sum(0)[:, None]).T @ x - between)[None] / w.sum()
+        covariances = pooled + floor * torch.eye(x.shape[1], dtype=x.dtype)
     else:
-        centred = x - means[:, None]
-        scatter = torch.bmm((centred * r[..., None]).transpose(1, 2), centred)
-        covariances = (scatter + strength * scatter.sum(0) / w.sum()) / (mass + strength)[:, None, None]
-    covariances = covariances + floor * torch.eye(x.shape[1], dtype=x.dtype)
+        mass, means, scatter = _moments(x, r)
+        covariances = _shrunk(mass, scatter, strength * scatter.sum(0) / w.sum(), strength, floor)
     return mass / mass.sum(), means, 0.5 * (covariances + covariances.transpose(1, 2))
 
 
