@@ -30,7 +30,8 @@ import pandas as pd
 
 from difficulty.ranking import Ranking
 from training.clusters import INTERVAL_METHODS, METHODS
-from training.curriculum import Curriculum, make_curriculum
+from training.curriculum import Curriculum
+from training.curriculum_builders import make_curriculum
 from training.plots_curriculum import clusters_figure, stages_figure
 
 RESULTS = Path("..") / "results" / "quickstart-digits"

@@ -22,7 +22,7 @@ from difficulty.process import get_process
 from difficulty.records import finish_run, start_run, write_table
 from training.batched import Stacked
 from training.compare import compare
-from training.curriculum import interval_curriculum
+from training.curriculum_builders import interval_curriculum
 from training.effects import effects
 from training.heldout import HeldOut
 from training.plan import TrainPlan

@@ -50,7 +50,7 @@ from difficulty.process import get_process
 from difficulty.ranking import Ranking
 from difficulty.records import read_run, write_bytes, write_table
 from training.compare import compare
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.effects import effects, holm
 from training.plots_comparison import COMPARISON_FIGURES, overview
 from training.recipe import DESIGNS, ORDERED

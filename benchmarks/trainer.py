@@ -26,7 +26,7 @@ from difficulty.datasets import load_dataset
 from difficulty.networks import build_network
 from difficulty.process import get_process
 from difficulty.records import finish_run, start_run, write_table
-from training.curriculum import interval_curriculum
+from training.curriculum_builders import interval_curriculum
 from training.plan import PRECISIONS, TrainPlan
 from training.timesteps import TimestepSampler
 from training.trainer import Trainer

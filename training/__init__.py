@@ -2,6 +2,7 @@
 
 __all__ = ["Curriculum", "TimestepSampler", "TrainPlan", "Trainer", "make_curriculum"]
 
-from training.curriculum import Curriculum, make_curriculum
+from training.curriculum import Curriculum
+from training.curriculum_builders import make_curriculum
 from training.timesteps import TimestepSampler
 from training.trainer import Trainer, TrainPlan

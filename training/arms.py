@@ -28,7 +28,8 @@ from difficulty.errors import InputError, choose
 from difficulty.process import Process
 from difficulty.ranking import Ranking
 from training.clusters import order_clusters
-from training.curriculum import Curriculum, first_then_all, interval_curriculum
+from training.curriculum import Curriculum
+from training.curriculum_builders import first_then_all, interval_curriculum
 from training.recipe import CHOSEN, measured_recipe
 
 PAPER_INTERVALS = 20

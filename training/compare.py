@@ -32,7 +32,8 @@ from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import finish_run, read_json, read_run, start_run, write_json, write_table
 from training.arms import ArmSpec, choose_arms
-from training.curriculum import Curriculum, make_curriculum, tasks_of
+from training.curriculum import Curriculum, tasks_of
+from training.curriculum_builders import make_curriculum
 from training.effects import (
     EFFECT_COLUMNS,
     arms_again,

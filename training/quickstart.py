@@ -22,7 +22,8 @@ from difficulty.ranking import MeasureRanking, Ranking, RankingTask
 from difficulty.records import read_table, write_bytes
 from training.arms import STAGE_LENGTH_IN_TAU
 from training.compare import compare
-from training.curriculum import Curriculum, make_curriculum
+from training.curriculum import Curriculum
+from training.curriculum_builders import make_curriculum
 from training.plots import draw_folder
 from training.report import write_report
 

@@ -32,7 +32,8 @@ import numpy as np
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
-from training.curriculum import Curriculum, DensityField, make_curriculum
+from training.curriculum import Curriculum, DensityField
+from training.curriculum_builders import make_curriculum
 from training.density import density, log_snr_widths, normalised, task_masses
 
 MEASURE = "excess_nats"

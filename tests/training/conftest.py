@@ -9,7 +9,8 @@ from difficulty.datasets import Dataset, load_dataset
 from difficulty.process import Process, get_process
 from difficulty.ranking import MeasureRanking, Ranking, RankingTask
 from difficulty.tasks import make_tasks
-from training.curriculum import Curriculum, make_curriculum
+from training.curriculum import Curriculum
+from training.curriculum_builders import make_curriculum
 
 # Difficulty of eight tasks, cleanest first: three groups that are plain to see, neither monotone nor contiguous.
 VALUES = [9.0, 10.0, 1.0, 1.1, 10.5, 0.1, 0.11, 0.12]

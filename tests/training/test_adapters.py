@@ -15,7 +15,7 @@ import torch
 from difficulty.errors import InputError
 from difficulty.process import get_process
 from training.adapters import Draws, EDMLoss, lightning_callback, matches_ddpm, matches_flow, schedule_sampler
-from training.curriculum import interval_curriculum
+from training.curriculum_builders import interval_curriculum
 from training.timesteps import TimestepSampler
 
 T = 1000

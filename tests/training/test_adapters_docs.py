@@ -17,7 +17,7 @@ import torch
 import training
 from difficulty.process import get_process
 from training.adapters import Draws
-from training.curriculum import interval_curriculum
+from training.curriculum_builders import interval_curriculum
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adapters.md").read_text()

@@ -6,7 +6,7 @@ import torch
 
 from training.batched import OneByOne, RunDiverged, Stacked, can_be_stacked, train_together
 from training.checkpoint import load_latest, save_checkpoint
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.heldout import HeldOut
 from training.plan import TrainPlan
 from training.sampling import draw_samples

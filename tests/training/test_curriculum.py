@@ -9,7 +9,8 @@ import pytest
 import training
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
-from training.curriculum import Curriculum, DensityPhase, interval_curriculum, make_curriculum, schema
+from training.curriculum import Curriculum, DensityPhase, schema
+from training.curriculum_builders import interval_curriculum, make_curriculum
 from training.density import task_masses
 
 SCHEMA = Path(training.__file__).parent / "curriculum.schema.json"

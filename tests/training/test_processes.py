@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.run import Cadence, train
 from training.trainer import TrainPlan
 

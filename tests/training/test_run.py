@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from difficulty.errors import InputError
 from difficulty.models import load_denoiser
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.plots import draw_folder, save_grid
 from training.run import Cadence, restore, train
 from training.trainer import Diverged, TrainPlan

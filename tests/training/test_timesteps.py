@@ -6,7 +6,7 @@ from scipy import stats
 
 from difficulty.errors import InputError
 from difficulty.process import get_process
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.density import DENSITIES, density
 from training.timesteps import TimestepSampler
 

@@ -10,7 +10,7 @@ from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
 from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
-from training.curriculum import make_curriculum
+from training.curriculum_builders import make_curriculum
 from training.heldout import HeldOut
 from training.plan import LR_SCHEDULES, TrainPlan
 from training.trainer import Diverged, Trainer

@@ -14,8 +14,9 @@ from difficulty.process import get_process
 from difficulty.ranking import Ranking
 from difficulty.records import read_table
 from training.commands.arguments import File
-from training.curriculum import Curriculum, exposure_matched, known_process, make_curriculum
-from training.curriculum import first_then_all as with_first_apart
+from training.curriculum import Curriculum, known_process
+from training.curriculum_builders import exposure_matched, make_curriculum
+from training.curriculum_builders import first_then_all as with_first_apart
 from training.recipe import CHOSEN, MEASURE, measured_recipe
 
 
