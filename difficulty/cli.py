@@ -310,6 +310,7 @@ def kl(
         json: print the table as JSON on standard output.
     """
     from difficulty.entropy_folder import run_kl
+    from difficulty.tasks import runs
 
     bars = StageBars()
     try:
@@ -321,8 +322,11 @@ def kl(
         return
     valid = table[table["valid"]]
     print(f"{len(valid)} of {len(table)} pairs are valid.")
+    t = table["t"].tolist()
     for reason, part in table[~table["valid"]].groupby("reason", sort=False):
-        print(f"  not valid at t = {part['t'].min()}..{part['t'].max()} ({len(part)} pairs): {reason}")
+        # Neighbours in the table are a span, whatever t between them was not asked for.
+        spans = ", ".join(f"{t[i]}..{t[j]}" if i < j else str(t[i]) for i, j in runs(part.index))
+        print(f"  not valid at t = {spans} ({len(part)} pairs): {reason}")
     print(f"Results and figures: {out}", file=sys.stderr)
 
 

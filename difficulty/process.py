@@ -274,13 +274,15 @@ def _from_file(path: Path) -> Process:
     # What numpy raises for a foreign, an empty and a truncated file, and for arrays of text or objects.
     except (OSError, EOFError, TypeError, ValueError, BadZipFile) as error:
         raise InputError(f"process file {path} cannot be read as arrays of numbers ({error})") from None
+    # A name that is built in would promise its noise levels to whoever reads it in a results file.
+    name = path.name if path.stem in PROCESSES else path.stem
     if {"alpha", "sigma"} <= arrays.keys():
-        return from_arrays(arrays["alpha"], arrays["sigma"], path.stem)
+        return from_arrays(arrays["alpha"], arrays["sigma"], name)
     if "alphas_cumprod" in arrays:
         alpha_squared = arrays["alphas_cumprod"]
         if not ((alpha_squared >= 0) & (alpha_squared <= 1)).all():
             raise InputError(f"process file {path}: alphas_cumprod must lie in [0, 1]; it is alpha^2 = 1 - sigma^2")
-        return from_arrays(np.sqrt(alpha_squared), np.sqrt(1 - alpha_squared), path.stem)
+        return from_arrays(np.sqrt(alpha_squared), np.sqrt(1 - alpha_squared), name)
     found = ", ".join(arrays) or "none"
     raise InputError(f"process file {path} holds the arrays {found}; needed are alpha and sigma, or alphas_cumprod")
 

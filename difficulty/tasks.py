@@ -6,9 +6,9 @@ timesteps and at least one: where a single step of the process is longer than a 
 schedule), the grid is equal only as far as that allows, and every task states the log-SNR it really covers.
 """
 
-__all__ = ["GRIDS", "Task", "make_tasks", "task_of_t"]
+__all__ = ["GRIDS", "Task", "make_tasks", "runs", "task_of_t"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,3 +92,14 @@ def task_of_t(tasks: list[Task], T: int) -> npt.NDArray[np.int64]:
     for task in tasks:
         index[task.first : task.last + 1] = task.index
     return index
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of every run of consecutive whole numbers, rising."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

@@ -9,6 +9,7 @@ import numpy as np
 
 from difficulty.plots import LOG_SNR_LABEL, PAGE_WIDTH, add_t_axis
 from difficulty.process import Array
+from difficulty.tasks import runs
 from training.curriculum import Curriculum, known_process
 from training.density import finite_log_snr
 
@@ -30,7 +31,7 @@ def clusters_figure(curricula: Mapping[str, Curriculum]) -> "Figure":
         last = max(len(curriculum.clusters) - 1, 1)
         for stage, cluster in enumerate(curriculum.clusters):
             colour = plt.get_cmap("cividis")(stage / last)
-            for first, end in _runs(cluster.tasks):
+            for first, end in runs(cluster.tasks):
                 left, right = _edge(curriculum, first), _edge(curriculum, end + 1)
                 axes.barh(row, right - left, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.6)
                 if abs(right - left) > 0.35:  # narrower than its number
@@ -64,17 +65,6 @@ def stages_figure(curriculum: Curriculum) -> "Figure":
     axes.grid(alpha=0.3)
     _log_snr_axis(axes, curriculum)
     return figure
-
-
-def _runs(tasks: list[int]) -> list[tuple[int, int]]:
-    """First and last task of every run of neighbours."""
-    runs: list[tuple[int, int]] = []
-    for index in sorted(tasks):
-        if runs and runs[-1][1] == index - 1:
-            runs[-1] = (runs[-1][0], index)
-        else:
-            runs.append((index, index))
-    return runs
 
 
 def _edge(curriculum: Curriculum, task: int) -> float:

@@ -20,6 +20,7 @@ from difficulty.plots import plot_folder
 from difficulty.process import get_process
 from difficulty.ranking import MeasureRanking, Ranking, RankingTask
 from difficulty.records import read_table, write_bytes
+from difficulty.tasks import runs
 from training.arms import STAGE_LENGTH_IN_TAU
 from training.compare import compare
 from training.curriculum import Curriculum
@@ -144,14 +145,7 @@ def _named(measure: MeasureRanking, tasks: list[RankingTask], order: list[int]) 
 
 def _spans(members: list[int], tasks: list[RankingTask]) -> str:
     """The timesteps of a cluster, neighbouring tasks joined."""
-    spans: list[list[int]] = []
-    for index in sorted(members):
-        first, last = tasks[index].t_first, tasks[index].t_last
-        if spans and spans[-1][1] + 1 == first:
-            spans[-1][1] = last
-        else:
-            spans.append([first, last])
-    return "+".join(f"{first}..{last}" for first, last in spans)
+    return "+".join(f"{tasks[first].t_first}..{tasks[last].t_last}" for first, last in runs(members))
 
 
 def _effect_line(effects: pd.DataFrame, arm: str) -> str:

@@ -176,6 +176,13 @@ def test_a_process_of_ones_own_is_taken_by_every_measuring_command(tmp_path):
     process.check_fingerprint(read_json(tmp_path / "measured" / "ranking.json")["process"], "the ranking")
 
 
+def test_pairs_that_are_not_valid_are_named_without_the_valid_ones_between_them(tmp_path, capsys, monkeypatch):
+    table = pd.DataFrame({"t": [2, 4, 8, 500, 950], "valid": [False, False, True, True, False], "reason": "too few"})
+    monkeypatch.setattr("difficulty.entropy_folder.run_kl", lambda *arguments: table)
+    assert run("kl", "digits", "--out", tmp_path / "out") == 0
+    assert "not valid at t = 2..4, 950 (3 pairs): too few" in capsys.readouterr().out
+
+
 def test_data_that_cannot_be_used_cost_one_sentence(tmp_path, capsys):
     np.save(tmp_path / "nan.npy", np.full((40, 2), np.nan))
     assert "NaN" in refused(capsys, "measure", tmp_path / "nan.npy", "--out", tmp_path / "out", *SMALL)

@@ -148,6 +148,12 @@ def test_a_process_of_ones_own_is_read_from_its_file(tmp_path):
         found.check_fingerprint(process.fingerprint, "the arrays")
 
 
+def test_a_process_of_ones_own_never_bears_the_name_of_a_built_in_one(tmp_path):
+    process = get_process("vp-linear:T=40")
+    np.savez(tmp_path / "edm.npz", alpha=process.alpha[1:], sigma=process.sigma[1:])
+    assert get_process(str(tmp_path / "edm.npz")).name == "edm.npz"
+
+
 @pytest.mark.parametrize("place", ["", "scheduler"])
 def test_a_process_of_ones_own_is_read_from_the_folder_of_a_scheduler(tmp_path, place):
     diffusers = pytest.importorskip("diffusers")

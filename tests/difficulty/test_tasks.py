@@ -5,7 +5,7 @@ import pytest
 
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
-from difficulty.tasks import GRIDS, make_tasks, task_of_t
+from difficulty.tasks import GRIDS, make_tasks, runs, task_of_t
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -49,3 +49,8 @@ def test_pure_noise_joins_the_last_task(grid):
     with pytest.raises(InputError, match=r"number of tasks must lie in 1\.\.T - 1 = 19"):
         make_tasks(get_process("flow-matching:T=20"), 20, grid)
     assert make_tasks(get_process("flow-matching:T=20"), 19, grid)[-1].first == 19
+
+
+def test_runs_join_consecutive_numbers_only():
+    assert runs([7, 1, 2, 3, 9]) == [(1, 3), (7, 7), (9, 9)]
+    assert runs([]) == []
