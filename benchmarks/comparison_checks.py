@@ -79,7 +79,7 @@ def clock(share: float) -> pd.DataFrame:
     """Length of the stages of pacing rules, in iterations and in units of their patience."""
     data, process = load_dataset(DATA), get_process(PROCESS)
     rules = [("patience", tau, {"tau": tau}) for tau in (10, 30, 100)]
-    rules.append(("held-out", 25, {"check_every": 25, "least": 25, "cap": 1.0}))
+    rules.append(("held-out", 25, {"check_every": 25, "least": 25, "cap": 1.0, "cost": 1.0}))
     rows = []
     for rule, unit, options in rules:
         curriculum = interval_curriculum(process, k=STAGES, pacing=rule, pacing_options=options)

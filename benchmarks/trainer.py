@@ -26,7 +26,9 @@ from difficulty.datasets import load_dataset
 from difficulty.networks import build_network
 from difficulty.process import get_process
 from difficulty.records import finish_run, start_run, write_table
+from training.curriculum import tasks_of
 from training.curriculum_builders import interval_curriculum
+from training.heldout import HeldOut
 from training.plan import PRECISIONS, TrainPlan
 from training.timesteps import TimestepSampler
 from training.trainer import Trainer
@@ -151,6 +153,26 @@ def randint(process) -> Callable[[int], None]:
     return run
 
 
+def check_microseconds(network: str, options: argparse.Namespace, checks: int = 15) -> float:
+    """Median cost per step of the checks of `held-out`, with draws enough for them to be thinned to its ``cost``."""
+    data, process = load_dataset("digits"), get_process("vp-linear")
+    endless = interval_curriculum(process, k=2, pacing="held-out", pacing_options={"least": 10**6, "cap": 1.0})
+    plan = TrainPlan(
+        steps=10**6, batch=BATCH, network=network, precision=options.precision, compile=options.compile
+    )
+    trainer = Trainer(data, process, plan, endless, device=options.device)
+    heldout = HeldOut(data, process, tasks_of(None, process))
+    every = trainer.sampler.heldout_every
+    while trainer.done < every:
+        trainer.step()
+    seconds = []
+    for _ in range(checks):
+        begin = time.perf_counter()
+        trainer.report_heldout(heldout)
+        seconds.append(time.perf_counter() - begin)
+    return 1e6 * float(np.median(seconds)) / every
+
+
 def contestants(network: str, options: argparse.Namespace) -> dict[str, Callable[[], Callable[[int], None]]]:
     data, process = load_dataset("digits"), get_process("vp-linear")
     # tau is never reached: every step is in a stage in which the rule reads the loss
@@ -218,8 +240,9 @@ def main() -> None:
             {"network": network, **{f"{name}_ms": median[name] for name in ms}}
             | {"samples_per_second": BATCH / median["trainer"] * 1e3, **ratio(ms["diffusers"], ms["trainer"]), **memory}
         )
-        for pacing in ("uniform", "patience"):
-            micros = 1e3 * (cost[pacing] - cost["randint"]).median()
+        drawing = {pacing: 1e3 * (cost[pacing] - cost["randint"]).median() for pacing in ("uniform", "patience")}
+        checking = {"held-out": drawing["uniform"] + check_microseconds(network, options)}
+        for pacing, micros in (drawing | checking).items():
             share = micros / 1e3 / median["trainer"]
             overhead.append({"network": network, "pacing": pacing, "microseconds": micros, "share_of_step": share})
     tables = {"speed": pd.DataFrame(speed), "overhead": pd.DataFrame(overhead)}

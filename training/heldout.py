@@ -78,9 +78,11 @@ class HeldOut:
         # Each draw stands for length/per_task timesteps.
         self.log_snr_of_draw = self.widths * (np.array(lengths) / per_task)[:, None]
 
-    def select(self, mask: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
-        """The draws (x0, eps, t, condition) whose entry of ``mask`` is true."""
-        chosen = torch.from_numpy(mask)
+    def select(self, mask: npt.NDArray[np.bool_], most: int) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
+        """The draws (x0, eps, t, condition) whose entry of ``mask`` is true; of more than ``most`` so many, evenly."""
+        inside = np.flatnonzero(mask)
+        count = min(most, len(inside))
+        chosen = torch.from_numpy(inside[np.arange(count) * len(inside) // max(count, 1)])
         condition = None if self.condition is None else self.condition[chosen]
         return self.x0[chosen], self.eps[chosen], self.t[chosen], condition
 

@@ -39,6 +39,7 @@ class Pacing(ABC):
 
     wants_loss = False  # whether the batch loss must be brought to the host every step
     check_every = 0  # iterations between held-out checks; 0 for never
+    cost = 0.0  # largest share of the computation that these checks may take
 
     def __init__(self, stages: int, budget: int) -> None:
         self.stages, self.budget = stages, budget
@@ -148,6 +149,8 @@ class HeldOut(Pacing):
         z_least: one-sided threshold; 1.64 is 5 %.
         least, most: iterations of a stage; most = 0 means the cap alone bounds it.
         cap: greatest share of the budget for all stages but the last, in (0, 1].
+        cost: greatest share of the computation of training that the checks take in a run of the trainer, which thins
+            the draws to it; in (0, 1].
     """
 
     def __init__(
@@ -159,14 +162,16 @@ class HeldOut(Pacing):
         least: int = 100,
         most: int = 0,
         cap: float = 0.5,
+        cost: float = 0.01,
     ) -> None:
         super().__init__(stages, budget)
-        if check_every < 1 or least < 0 or most < 0 or not 0 < cap <= 1:
+        if check_every < 1 or least < 0 or most < 0 or not (0 < cap <= 1 and 0 < cost <= 1):
             raise InputError(
-                "pacing 'held-out' needs check_every >= 1, least >= 0, most >= 0 and cap in (0, 1], got "
-                f"{check_every}, {least}, {most} and {cap}"
+                "pacing 'held-out' needs check_every >= 1, least >= 0, most >= 0 and cap and cost in (0, 1], got "
+                f"{check_every}, {least}, {most}, {cap} and {cost}"
             )
         self.check_every, self.z_least, self.least, self.most, self.cap = check_every, z_least, least, most, cap
+        self.cost = cost
         self.before: list[float] | None = None
         self.z = math.inf
 

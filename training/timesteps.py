@@ -201,6 +201,14 @@ class TimestepSampler:
         """Iterations between calls of ``update_heldout`` that the pacing rule wants now; 0 for none."""
         return self.pacing.check_every if self.stage < self.stages - 1 else 0
 
+    def heldout_draws(self, batch: int) -> int:
+        """Most draws of a check of the pacing rule, so that it costs no more than its ``cost``.
+
+        Args:
+            batch: samples per iteration of all processes; an iteration takes about three forward passes of them.
+        """
+        return max(2, int(3 * batch * self.pacing.check_every * self.pacing.cost))
+
     def update_heldout(self, losses: Sequence[float]) -> None:
         """Report losses on fixed draws of the current stage's timesteps (see ``active``)."""
         self.pacing.observe_heldout(losses)

@@ -258,7 +258,9 @@ class Trainer:
         """
         every = self.sampler.heldout_every
         if every and self.done % every == 0:
-            x0, eps, t, condition = heldout.select(self.sampler.active(heldout.t.numpy()))
+            x0, eps, t, condition = heldout.select(
+                self.sampler.active(heldout.t.numpy()), self.sampler.heldout_draws(self.plan.batch)
+            )
             told = None if condition is None else condition.to(self.device)
             self.denoiser.eval()
             losses = eval_losses(self.denoiser, x0.to(self.device), eps.to(self.device), t.to(self.device), told)
