@@ -76,7 +76,7 @@ def measure(
         grid: tasks of equal length in t, or in log-SNR.
         measures: what to measure: convergence of experts, sample-quality when an expert denoises its own task and a
             network on all t the rest (needs and brings convergence), relative-entropy of neighbouring marginals.
-        prediction: what the experts predict: eps, x0, v, score, velocity or edm.
+        prediction: what the experts predict: eps, x0, v, score, velocity or edm (or edm:sigma_data=1).
         network: of each expert: mlp, unet or dit, with options as in mlp:width=256, or your own FILE.py:FACTORY.
         seeds: how many experts per task; more make the intervals narrower.
         budget: iterations at which difficulty is read off; training goes on to twice that for the floor.

@@ -18,8 +18,8 @@ __all__ = ["Denoiser"]
 import torch
 from torch import Tensor, nn
 
-from difficulty.errors import InputError, choose
-from difficulty.prediction import PREDICTIONS, coefficients, eps_loss_factor, from_x0_eps, to_eps, to_x0
+from difficulty.errors import InputError
+from difficulty.prediction import coefficients, eps_loss_factor, from_x0_eps, sigma_data_of, to_eps, to_x0
 from difficulty.process import Process
 
 
@@ -28,9 +28,9 @@ class Denoiser(nn.Module):
 
     Args:
         network: ``forward(x, log_snr)`` with x of shape (B, *) and log_snr (B,), returning the shape of x; with a
-            method ``convention(process)`` it is given what that says instead.
+            method ``convention(process, sigma_data)`` it is given what that says instead.
         process: gives alpha, sigma at t = 1..T.
-        prediction: a name in ``PREDICTIONS``.
+        prediction: a name in ``PREDICTIONS``, with options as in ``edm:sigma_data=1``.
         data_std: root mean square of the data about 0, for the input scale and the baseline; positive.
         baseline: whether the network predicts the difference to the best multiple of its input.
 
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
         self, network: nn.Module, process: Process, prediction: str, data_std: float, *, baseline: bool = True
     ) -> None:
         super().__init__()
-        choose("prediction", prediction, PREDICTIONS)
+        coefficients(prediction, torch.ones(1), torch.ones(1))  # refuses an unknown one
         if not data_std > 0:
             raise InputError(f"data_std must be positive, got {data_std}; data that are all zero cannot be learned")
         self.network, self.process, self.prediction = network, process, prediction
@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
         for name, table in (("alpha", process.alpha), ("sigma", process.sigma), ("log_snr", log_snr)):
             self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
         if self.foreign:
-            for name, table in zip(("input_scale", "told"), network.convention(process), strict=True):  # type: ignore[operator]
+            conventions = network.convention(process, sigma_data_of(prediction))  # type: ignore[operator]
+            for name, table in zip(("input_scale", "told"), conventions, strict=True):
                 self.register_buffer(name, torch.as_tensor(table, dtype=torch.float32), persistent=False)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

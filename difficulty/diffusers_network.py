@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from difficulty.errors import InputError, first_line
-from difficulty.prediction import EDM_SIGMA_DATA
 from difficulty.process import Array, Process
 from difficulty.records import read_json
 
@@ -74,12 +73,17 @@ class DiffusersNetwork(nn.Module):
             if found != width:
                 raise InputError(f"{name} takes {what} of width {found}, but the text encoder gives {width}")
 
-    def convention(self, process: Process) -> tuple[Array, Array]:
-        """What the model is given at each t: the factor on x_t, and the timestep; each of shape (T+1,)."""
+    def convention(self, process: Process, sigma_data: float) -> tuple[Array, Array]:
+        """What the model is given at each t: the factor on x_t, and the timestep; each of shape (T+1,).
+
+        Args:
+            process: the forward process.
+            sigma_data: standard deviation of the data for EDM's input scale, which belongs to alpha = 1.
+        """
         ones, t = np.ones(process.T + 1), np.arange(process.T + 1, dtype=np.float64)
         if (process.alpha == 1).all():
             sigma = np.concatenate([process.sigma[1:2], process.sigma[1:]])  # t = 0 is never asked for
-            return (sigma**2 + EDM_SIGMA_DATA**2) ** -0.5, 0.25 * np.log(sigma)
+            return (sigma**2 + sigma_data**2) ** -0.5, 0.25 * np.log(sigma)
         if np.allclose(process.alpha + process.sigma, 1, rtol=0, atol=1e-9):
             return ones, process.T * process.sigma
         return ones, t - 1

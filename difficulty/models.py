@@ -21,7 +21,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component
 from difficulty.errors import InputError, first_line
 from difficulty.networks import build_network, own_function
-from difficulty.prediction import EDM_SIGMA_DATA, to_eps
+from difficulty.prediction import sigma_data_of, to_eps
 from difficulty.process import Process, from_arrays
 from difficulty.records import write_bytes
 from difficulty.schedulers import ScheduledProcess, process_from_scheduler
@@ -141,7 +141,7 @@ def _from_diffusers(folder: Path) -> TrainedModel:
 
 def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess) -> Callable[[Tensor, Tensor], Tensor]:
     """The network's estimate of eps as a function of (x_t, t)."""
-    process = scheduled.process
+    process, sigma_data = scheduled.process, sigma_data_of(scheduled.prediction)
     alphas, sigmas, timesteps = (
         torch.as_tensor(a, dtype=torch.float32) for a in (process.alpha, process.sigma, scheduled.model_timesteps)
     )
@@ -149,7 +149,7 @@ def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess) -> Callable[
     def eps(x_t: Tensor, t: Tensor) -> Tensor:
         shape = (-1, *(1,) * (x_t.ndim - 1))
         alpha, sigma = alphas[t].reshape(shape), sigmas[t].reshape(shape)
-        scale = (alpha.square() * EDM_SIGMA_DATA**2 + sigma.square()).rsqrt() if scheduled.unit_input else 1.0
+        scale = (alpha.square() * sigma_data**2 + sigma.square()).rsqrt() if scheduled.unit_input else 1.0
         output = network(x_t * scale, timesteps[t])
         if output.shape != x_t.shape:
             raise InputError(f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}; give data of its size")

@@ -11,7 +11,8 @@ so that the estimate of (x0, eps) follows from two equations: the output and x_t
     v         (-sigma, alpha)                            Salimans & Ho 2022, arXiv 2202.00512
     score     ( 0, -1/sigma )                            grad log p_t(x_t | x0)
     velocity  (-1, 1 )                                   dx_t/du of flow matching, Lipman et al. 2023
-    edm       (sigma/(sd r), -sd alpha/r)                F of Karras et al. 2022, eq. 7; r^2 = sigma^2 + sd^2 alpha^2
+    edm       (sigma/(sd r), -sd alpha/r)                F of Karras et al. 2022, eq. 7; r^2 = sigma^2 + sd^2 alpha^2,
+                                                        sd = 0.5 or as in edm:sigma_data=1
 
 EDM's F = (x0 - c_skip y)/c_out is written in y = x_t/alpha, s = sigma/alpha, with c_skip = sd^2/(s^2 + sd^2) and
 c_out = s sd/sqrt(s^2 + sd^2); multiplied out it is the form above, which stays finite where alpha = 0; v has sd = 1.
@@ -20,16 +21,28 @@ The determinant a sigma - b alpha says where a prediction cannot be inverted: x0
 where sigma = 0. The conversion then returns infinities or NaN rather than hide it.
 """
 
-__all__ = ["PREDICTIONS", "Coefficients", "coefficients", "eps_loss_factor", "from_x0_eps", "to_eps", "to_x0"]
+__all__ = [
+    "PREDICTIONS",
+    "Coefficients",
+    "coefficients",
+    "eps_loss_factor",
+    "from_x0_eps",
+    "sigma_data_of",
+    "to_eps",
+    "to_x0",
+]
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from difficulty.errors import choose
+from difficulty.errors import InputError
+from difficulty.specs import build, parse_spec
 
 Coefficients = tuple[Tensor, Tensor]
+Formula = Callable[[Tensor, Tensor], Coefficients]
 
 # Standard deviation of the data that EDM's preconditioning assumes (Karras et al. 2022, table 1).
 EDM_SIGMA_DATA = 0.5
@@ -55,28 +68,48 @@ def _velocity(alpha: Tensor, sigma: Tensor) -> Coefficients:
     return -torch.ones_like(alpha), torch.ones_like(alpha)
 
 
-def _edm(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    r = (sigma.square() + (EDM_SIGMA_DATA * alpha).square()).sqrt()
-    return sigma / (EDM_SIGMA_DATA * r), -EDM_SIGMA_DATA * alpha / r
+def _edm(sigma_data: float = EDM_SIGMA_DATA) -> Formula:
+    if not sigma_data > 0:
+        raise InputError(f"prediction 'edm': sigma_data must be positive, got {sigma_data}")
+
+    def formula(alpha: Tensor, sigma: Tensor) -> Coefficients:
+        r = (sigma.square() + (sigma_data * alpha).square()).sqrt()
+        return sigma / (sigma_data * r), -sigma_data * alpha / r
+
+    return formula
 
 
-PREDICTIONS: Mapping[str, Callable[[Tensor, Tensor], Coefficients]] = {
-    "eps": _eps,
-    "x0": _x0,
-    "v": _v,
-    "score": _score,
-    "velocity": _velocity,
+PREDICTIONS: Mapping[str, Callable[..., Formula]] = {
+    "eps": lambda: _eps,
+    "x0": lambda: _x0,
+    "v": lambda: _v,
+    "score": lambda: _score,
+    "velocity": lambda: _velocity,
     "edm": _edm,
 }
+
+
+@functools.cache
+def _formula(prediction: str) -> Formula:
+    return build("prediction", prediction, PREDICTIONS)
+
+
+def sigma_data_of(prediction: str) -> float:
+    """The standard deviation of the data that EDM's preconditioning assumes under this prediction."""
+    return float(parse_spec(prediction)[1].get("sigma_data", EDM_SIGMA_DATA))
 
 
 def coefficients(prediction: str, alpha: Tensor, sigma: Tensor) -> Coefficients:
     """(a, b) of ``output = a x0 + b eps``, each of the shape of alpha and sigma.
 
+    Args:
+        prediction: a name in ``PREDICTIONS``, with options as in ``edm:sigma_data=1``.
+        alpha, sigma: signal and noise scales.
+
     Raises:
-        InputError: if the prediction is unknown.
+        InputError: if the prediction or an option is unknown.
     """
-    return choose("prediction", prediction, PREDICTIONS)(alpha, sigma)
+    return _formula(prediction)(alpha, sigma)
 
 
 def from_x0_eps(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import numpy as np
 
 from difficulty.diffusers_network import load_component
 from difficulty.errors import InputError, choose
-from difficulty.prediction import EDM_SIGMA_DATA
 from difficulty.process import Array, Process, from_arrays
 
 PREDICTION_TYPES: Mapping[str, str] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -31,7 +30,7 @@ class ScheduledProcess:
 
     Args:
         process: the forward process.
-        prediction: what the model predicts, a name in ``difficulty.prediction.PREDICTIONS``.
+        prediction: what the model predicts, a name in ``difficulty.prediction.PREDICTIONS`` with its options.
         model_timesteps: what the model is given at t, shape (T+1,); entry 0 is never used.
         unit_input: whether the model is given x_t / sqrt(alpha^2 sd^2 + sigma^2), as EDM's is.
     """
@@ -97,13 +96,12 @@ def _from_flow(scheduler: Any, name: str) -> ScheduledProcess:
 
 
 def _from_edm(scheduler: Any, name: str) -> ScheduledProcess:
-    if scheduler.config.sigma_data != EDM_SIGMA_DATA:
-        raise InputError(f"{name} has sigma_data {scheduler.config.sigma_data}; only {EDM_SIGMA_DATA} is supported")
     if scheduler.config.prediction_type != "epsilon":  # what diffusers calls the output of Karras' preconditioning
         raise InputError(f"{name} has prediction type {scheduler.config.prediction_type!r}; known is epsilon")
     sigmas, timesteps = _ascending(scheduler)
     process = from_arrays(np.ones_like(sigmas), sigmas, name)
-    return ScheduledProcess(process, "edm", np.concatenate([[0.0], timesteps]), unit_input=True)
+    prediction = f"edm:sigma_data={float(scheduler.config.sigma_data)}"
+    return ScheduledProcess(process, prediction, np.concatenate([[0.0], timesteps]), unit_input=True)
 
 
 READERS: Mapping[str, Callable[[Any, str], ScheduledProcess]] = {"FlowMatch": _from_flow, "EDM": _from_edm}

@@ -160,7 +160,7 @@ def sampling_grid(process: Process, steps: int, prediction: str, method: str = "
     sampler = choose("sampler", method, SAMPLERS)
     if not 1 <= steps <= process.T:
         raise InputError(f"sampling steps must lie in 1..T = {process.T}, got {steps}")
-    blind = sampler.divides_by_alpha or prediction in ("eps", "score", "edm")
+    blind = sampler.divides_by_alpha or prediction.partition(":")[0] in ("eps", "score", "edm")
     start = process.T - 1 if blind and process.alpha[-1] == 0 else process.T
     inner = np.rint(sampler.spacing(process, start, steps)).astype(int) if steps > 1 else np.array([start])
     return [*dict.fromkeys(inner.tolist()), 0]

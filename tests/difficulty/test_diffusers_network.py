@@ -44,8 +44,9 @@ SCHEDULERS = {
     "vp-linear": lambda T: diffusers.DDPMScheduler(T, 1e-4, 0.02, "linear"),
     "flow-matching": lambda T: diffusers.FlowMatchEulerDiscreteScheduler(T),
     "edm": lambda T: diffusers.EDMEulerScheduler(num_train_timesteps=T),
+    "edm-unit": lambda T: diffusers.EDMEulerScheduler(num_train_timesteps=T, sigma_data=1.0),
 }
-PREDICTION = {"vp-linear": "eps", "flow-matching": "velocity", "edm": "edm"}
+PREDICTION = {"vp-linear": "eps", "flow-matching": "velocity", "edm": "edm", "edm-unit": "edm:sigma_data=1"}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -62,7 +63,7 @@ def test_the_model_is_given_the_timesteps_and_the_scaled_input_of_diffusers_own_
     x = torch.randn(3, 1, 8, 8)
     output = denoiser(x, t)
     np.testing.assert_allclose(given[0][1]["timestep"], expected.model_timesteps[t], rtol=1e-5, atol=1e-4)
-    if name == "edm":
+    if name.startswith("edm"):
         scaled = torch.stack([scheduler.precondition_inputs(x[i], process.sigma[t[i]]) for i in range(3)])
         sigma = torch.from_numpy(process.sigma[t])
         estimate = [scheduler.precondition_outputs(x[i], output[i], sigma[i]) for i in range(3)]

@@ -53,10 +53,25 @@ def test_eps_loss_factor_is_the_ratio_of_squared_errors(prediction):
     torch.testing.assert_close(eps_error.square(), factor * error.square(), rtol=1e-6, atol=1e-12)
 
 
-def test_edm_output_has_unit_variance_for_data_of_its_standard_deviation():
+@pytest.mark.parametrize(("prediction", "sd"), [("edm", EDM_SIGMA_DATA), ("edm:sigma_data=1.5", 1.5)])
+def test_edm_output_has_unit_variance_for_data_of_its_standard_deviation(prediction, sd):
     alpha, sigma = scales("edm", [1, 250, 500, 1000])
-    a, b = coefficients("edm", alpha, sigma)
-    torch.testing.assert_close((a * EDM_SIGMA_DATA) ** 2 + b**2, torch.ones_like(a))
+    a, b = coefficients(prediction, alpha, sigma)
+    torch.testing.assert_close((a * sd) ** 2 + b**2, torch.ones_like(a))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "message"),
+    [
+        ("epsilon", "unknown prediction 'epsilon'"),
+        ("eps:sigma_data=1", "prediction 'eps' has no option 'sigma_data'; its options are: none"),
+        ("edm:sigma_data=0", "sigma_data must be positive"),
+        ("edm:sigma_data=one", "must be a finite number"),
+    ],
+)
+def test_a_prediction_that_is_none_costs_one_sentence(prediction, message):
+    with pytest.raises(InputError, match=message):
+        coefficients(prediction, *scales("edm", [1]))
 
 
 def test_edm_agrees_with_the_formulas_of_its_paper():

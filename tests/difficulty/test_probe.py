@@ -174,6 +174,25 @@ def test_the_process_of_an_edm_scheduler_is_edm():
     expected = get_process(f"edm:T={scheduled.process.T}").sigma[1:]
     np.testing.assert_allclose(scheduled.process.sigma[1:], expected, rtol=1e-4)
     np.testing.assert_allclose(scheduled.model_timesteps[1:], 0.25 * np.log(scheduled.process.sigma[1:]), atol=1e-5)
+    assert scheduled.prediction == "edm:sigma_data=0.5"
+    assert process_from_scheduler(diffusers.EDMEulerScheduler(sigma_data=1.0)).prediction == "edm:sigma_data=1.0"
+
+
+def test_an_edm_folder_with_another_standard_deviation_is_called_as_its_scheduler_says(tmp_path):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=1.2)
+    unet.save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    model = load_model(tmp_path)
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([400])
+    sigma = torch.tensor(float(model.process.sigma[400]))
+    output = unet(scheduler.precondition_inputs(x, sigma), 0.25 * sigma.log()).sample
+    denoised = scheduler.precondition_outputs(x, output, sigma)
+    torch.testing.assert_close(model.eps(x, t), (x - denoised) / sigma, rtol=1e-4, atol=1e-4)
 
 
 def test_a_zero_terminal_snr_ends_in_pure_noise():

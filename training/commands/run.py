@@ -90,7 +90,7 @@ def run(
         parallel: How the processes of torchrun share the weights: ddp holds them in each, fsdp cuts them in parts.
         network: mlp, unet or dit, with options as in mlp:width=256; dit-s/2 to dit-xl/8; diffusers:config.json or
             diffusers:FOLDER; or your own as FILE.py:FACTORY.
-        prediction: What the network predicts: eps, x0, v, score, velocity or edm.
+        prediction: What the network predicts: eps, x0, v, score, velocity or edm (or edm:sigma_data=1).
         weight: Loss weight, such as constant, min-snr:gamma=5 or p2; uncertainty, or min-snr+uncertainty, learns one.
         density: Base density of t in place of the curriculum's.
         stratified: Spread the timesteps of a batch evenly.
