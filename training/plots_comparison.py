@@ -221,21 +221,15 @@ def task_curves(folder: Path) -> "Figure":
     bounds, schedule = _bounds(folder), table["lr_schedule"].iloc[-1]
     table = table[table["lr_schedule"] == schedule]
     arms = list(dict.fromkeys(table["arm"]))
-    columns = min(PANELS, len(arms))
-    rows = -(-len(arms) // columns)
-    figure, axes = grid(rows, columns, 1.2 + 1.7 * rows, sharex=True, sharey=True)
+    figure, axes = _panels(arms, 1.2, 1.7, sharex=True, sharey=True)
     shown = table.assign(difference=table["difference"].where((table["ci_low"] > 0) | (table["ci_high"] < 0)))
     largest = max(float(shown["difference"].abs().quantile(0.99)) if shown["difference"].notna().any() else 0.0, 1e-9)
     norm = SymLogNorm(largest / 30, vmin=-largest, vmax=largest)
     edges = _edges(bounds)
-    for ax, arm in zip(axes.flat, arms, strict=False):
+    for ax, arm in zip(axes, arms, strict=True):
         wide = shown[shown["arm"] == arm].pivot(index="task", columns="step", values="difference")
         steps = np.concatenate([[0], wide.columns.to_numpy()])
         image = ax.pcolormesh(steps, edges, wide, cmap="RdBu_r", norm=norm)
-        ax.set_title(arm, fontsize=8)
-        ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(arms) :]:
-        ax.set_axis_off()
     figure.supxlabel("iteration", fontsize=9)
     figure.supylabel("log-SNR (noise grows downwards)", fontsize=9)
     bar = figure.colorbar(image, ax=axes, label="nats per unit log-SNR", shrink=0.8)
@@ -258,21 +252,15 @@ def exposure(folder: Path) -> "Figure":
     length = table["t_last"] - table["t_first"] + 1
     table = table.assign(relative=table["share"] / (length / table["t_last"].max()))
     arms = list(dict.fromkeys(table["arm"]))
-    columns = min(PANELS, len(arms))
-    rows = -(-len(arms) // columns)
-    figure, axes = grid(rows, columns, 1.0 + 1.4 * rows, sharex=True, sharey=True)
-    for ax, arm in zip(axes.flat, arms, strict=False):
+    figure, axes = _panels(arms, 1.0, 1.4, sharex=True, sharey=True)
+    for ax, arm in zip(axes, arms, strict=True):
         own = table[table["arm"] == arm]
         edges = np.append(own["t_first"] - 1, own["t_last"].iloc[-1])
         ax.stairs(own["relative"], edges, fill=True, color=COLOURS[0], alpha=0.7)
         ax.axhline(1, color="black", lw=0.8)
         ax.set_yscale("log")
-        ax.set_title(arm, fontsize=8)
-        ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(arms) :]:
-        ax.set_axis_off()
     floor = float(table.loc[table["relative"] > 0, "relative"].min())
-    axes[0, 0].set_ylim(max(0.8 * floor, 0.02), 1.3 * float(table["relative"].max()))
+    axes[0].set_ylim(max(0.8 * floor, 0.02), 1.3 * float(table["relative"].max()))
     figure.supxlabel("t (noise grows to the right)", fontsize=9)
     figure.supylabel("samples of t, uniform = 1", fontsize=9)
     figure.suptitle("Exposure: how often each t was trained over the whole run", fontsize=9)
@@ -305,22 +293,38 @@ def samples(folder: Path) -> "Figure | None":
     if not files:
         return None
     names = list(files)
-    columns = min(PANELS, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = grid(rows, columns, 0.6 + 2.1 * rows)
-    for ax, name in zip(axes.flat, names, strict=False):
+    figure, axes = _panels(names, 0.6, 2.1)
+    for ax, name in zip(axes, names, strict=True):
         drawn = load_file(files[name])["data"]
         if is_picture(drawn):
             ax.imshow(mosaic(drawn[:36], config.get("value_range")), cmap="gray", vmin=0, vmax=255)
             ax.set_axis_off()
         else:
             scatter(ax, drawn)
-        ax.set_title(name, fontsize=8)
-        ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(names) :]:
-        ax.set_axis_off()
     figure.suptitle(f"Samples, seed {seed}, learning rate {schedule}, from the same noise", fontsize=9)
     return figure
+
+
+def _panels(names: list[str], head: float, height: float, **shared: bool) -> "tuple[Figure, list[Axes]]":
+    """One panel per name, ``PANELS`` in a row; tick labels below the last panel of every column.
+
+    Args:
+        names: their titles.
+        head, height: inches, of what is around all panels and of each row.
+        shared: axes that the panels share, as of ``plt.subplots``.
+    """
+    columns = min(PANELS, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = grid(rows, columns, head + height * rows, **shared)
+    used = list(axes.flat[: len(names)])
+    for ax, name in zip(used, names, strict=True):
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in used[-columns:]:
+        ax.tick_params(labelbottom=True)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    return figure, used
 
 
 def _bounds(folder: Path) -> pd.DataFrame:
