@@ -33,13 +33,13 @@ DEAR = ("gauss-150", "modes6-96", "modes2-192", "modes10-64", "uniform-112", "bi
 SOME = ("gauss-3", "modes4-5", "modes7-24", "uniform-3", "laplace-2", "ring-6")
 # Estimator, process, laws and seeds of the data sets.
 PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
-    ("auto", "vp-linear", LAWS, (16,)),
-    *(("auto", process, SOME, (16, 17)) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
+    ("auto", "vp-linear", LAWS, (24,)),
+    *(("auto", process, SOME, (24, 25)) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
     # The pairs of a data set share its error, so that a coverage needs many of them.
-    *((name, "vp-linear", SOME, tuple(range(16, 24))) for name in ("gaussian", "mixture")),
-    ("empirical", "vp-linear", SOME, (16, 17, 18)),
-    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (16, 17)),
-    ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (17,)),
+    *((name, "vp-linear", SOME, tuple(range(24, 32))) for name in ("gaussian", "mixture")),
+    ("empirical", "vp-linear", SOME, (24, 25, 26)),
+    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (24, 25)),
+    ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (25,)),
 ]
 
 

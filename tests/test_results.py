@@ -141,18 +141,8 @@ def test_the_accuracy_in_words_is_that_of_the_tables():
     text = " ".join((folder / "README.md").read_text().split())
     table = pd.read_csv(folder / "accuracy.csv")
     pairs = pd.read_csv(folder / "pairs.csv", keep_default_na=False).query("valid")
-    wrong = pairs[(pairs["kl"] / pairs["truth"] - 1).abs() > 0.3]
-    off = {
-        (row["law"], row["process"], row["t"]): f"{100 * (row['kl'] / row['truth'] - 1):.0f} %"
-        for _, row in wrong[wrong["estimator"] == "auto"].iterrows()
-    }
-    places = (("vp-linear", 32), ("vp-cosine", 65), ("edm", 220))
-    linear, cosine, edm = (off.pop(("laplace-2", *place)) for place in places)
-    assert not off
-    assert linear == cosine
-    assert f"by {linear} under VP-linear (t = 32) and VP-cosine (t = 65), by {edm} under EDM (t = 220)" in text
-    counts = wrong.groupby(["estimator", "law"]).size().to_dict()
-    assert counts == {("auto", "laplace-2"): 3, ("empirical", "uniform-3"): 2, ("mixture", "laplace-2"): 5}
+    assert ((pairs["kl"] / pairs["truth"] - 1).abs() <= 0.3).all()
+    assert "No pair that any estimator marks valid is off by more than 30 %" in text
     whole = table[table["law"] == "(all)"].set_index("estimator")["coverage"]
     auto = 100 * whole["auto"]
     assert f"`auto` holds the truth in {auto.min():.0f} to {auto.max():.0f} % of the cases, by process" in text

@@ -38,25 +38,39 @@ def estimate_gaussian(dataset: Dataset, pairs: Pairs, settings: Settings) -> Est
     At high noise every law looks Gaussian, at low noise few do; the mixtures that are tried for comparison say where.
     """
     sample = make_sample(dataset)
-    found = Judge(sample, pairs, settings, [Candidate("gaussian")]).estimate()
     others = [c for c in candidates(sample) if c.components in RIVALS]
-    if sample.rank == 0 or not others:
-        return found
-    doubter = Judge(sample, pairs, settings, [Candidate("gaussian"), *others])
-    names, _ = doubter.choose()
-    # At this level alone: less noise may well refute the Gaussian that is right here.
-    told_apart = doubter.plausibility[names.index(Candidate("gaussian"))] <= PLAUSIBLE
-    tau = np.minimum(pairs.tau, 1e3)
-    wrong = np.interp(tau, tau[doubter.net.at], told_apart.astype(float)) > 0
-    reason = np.where(wrong & found.valid, "held-out data tell the law from a Gaussian at this noise", found.reason)
-    return replace(found, valid=found.valid & ~wrong, reason=reason.astype(object))
+    text = "held-out data tell the law from a Gaussian at this noise"
+    return _of_one_kind(sample, pairs, settings, [Candidate("gaussian")], others, text)
 
 
 def estimate_mixture(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estimate:
-    """F1 with a full-covariance mixture, the number of components by held-out likelihood."""
+    """F1 with a full-covariance mixture, the number of components by held-out likelihood.
+
+    Not valid where held-out data prefer another family, with independent axes or tails of its own, to every mixture.
+    """
     sample = make_sample(dataset)
-    pool = [c for c in candidates(sample) if c.family in ("gaussian", "mixture")]
-    return Judge(sample, pairs, settings, pool).estimate()
+    mixtures = ("gaussian", "mixture")
+    pool = [c for c in candidates(sample) if c.family in mixtures]
+    others = [c for c in candidates(sample) if c.family not in mixtures]
+    text = "held-out data prefer another family to every mixture at this noise"
+    return _of_one_kind(sample, pairs, settings, pool, others, text)
+
+
+def _of_one_kind(
+    sample: Sample, pairs: Pairs, settings: Settings, pool: list[Candidate], others: list[Candidate], text: str
+) -> Estimate:
+    """The best of the pool; not valid, with ``text`` for a reason, where one of the others is far more likely."""
+    found = Judge(sample, pairs, settings, pool).estimate()
+    if sample.rank == 0 or not others:
+        return found
+    doubter = Judge(sample, pairs, settings, pool + others)
+    names, _ = doubter.choose()
+    # At this level alone: less noise may well refute what is right here.
+    likeliest = doubter.plausibility[[name in pool for name in names]].max(0)
+    tau = np.minimum(pairs.tau, 1e3)
+    wrong = np.interp(tau, tau[doubter.net.at], (likeliest <= PLAUSIBLE).astype(float)) > 0
+    reason = np.where(wrong & found.valid, text, found.reason)
+    return replace(found, valid=found.valid & ~wrong, reason=reason.astype(object))
 
 
 def candidates(sample: Sample) -> list[Candidate]:

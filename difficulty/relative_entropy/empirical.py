@@ -26,8 +26,6 @@ from difficulty.relative_entropy.verdict import LIMITS
 LEAST_ROWS = 100
 SPLITS = 3
 DRAWS = 2000
-# Share of a bias that its correction leaves in doubt.
-BIAS_DOUBT = 0.5
 LARGEST = 10**8
 EMPIRICAL_STREAM = 41
 
@@ -60,7 +58,7 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
     null = null_block(sample).measure(pairs, 0, 0)
     raw, kl = kl, kl * np.exp(-bias)
     total = kl + null.kl
-    error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + (BIAS_DOUBT * bias) ** 2)
+    error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + bias**2)
     low, high = log_interval(total, error)
     sharp, unsure = effective < LEAST_ROWS, error > LIMITS.error
     reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")

@@ -47,7 +47,7 @@ from difficulty.relative_entropy.score import (
 )
 from difficulty.relative_entropy.score_field import EXACT_DIVERGENCE, ModelScore, ScoreSource, Wiener, evaluate
 from difficulty.relative_entropy.score_training import ITERATIONS, train_score
-from difficulty.relative_entropy.verdict import LIMITS, ROUGHER, unseen
+from difficulty.relative_entropy.verdict import ROUGHER, too_rough, unseen
 
 Array = npt.NDArray[np.float64]
 
@@ -204,7 +204,7 @@ def _estimate(
             error, i_min = 1.0, 0.0
             reason = "alpha ends at 0, where a time score is not defined; the Gaussian value is given"
         total = kl + exact.kl[i]
-        if not reason and hidden[i] > LIMITS.unseen * total:
+        if not reason and too_rough(hidden[i] / total, error * kl / total):
             reason = ROUGHER
         rows.append((total, max(back, 0.0) + exact.kl_reverse[i], error * kl / total, max(i_min, 0.0)))
         reasons.append(reason)

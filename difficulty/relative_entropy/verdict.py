@@ -19,7 +19,7 @@ factor (L^2/(L^2 + s^2))^2, as a Gaussian's own relative entropy does.
 __all__ = [
     "FAR_SHARE", "LIMITS", "ROUGHER",
     "Findings", "Limits",
-    "bracket", "objections", "spans_too_little", "tail_shares", "unseen",
+    "bracket", "objections", "spans_too_little", "tail_shares", "too_rough", "unseen",
 ]  # fmt: skip
 
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from difficulty.intervals import Z90
 from difficulty.relative_entropy.families import MOST_AXES, Candidate
 from difficulty.relative_entropy.heldout_tests import Tested
 from difficulty.relative_entropy.pairs import Pairs
@@ -57,7 +58,8 @@ class Limits:
         missing: largest share of a discrete law that was seen only once.
         tail: largest share of the fourth moments that the farthest rows may have, on which every error rests; a normal
             law has 0.1, Laplace's 0.25, Student's with 4 degrees of freedom 0.6.
-        unseen: largest share of the KL that roughness may have which the samples cannot show.
+        unseen: largest share of the KL that roughness may have which the samples cannot show, together with the
+            interval of 90 %: log 1.3.
         lacking: largest share of the KL that cumulants of the data may have which a refuted fit has not.
         bracket: largest ratio of upper to lower end of a bracket that is reported, 1.3^2.
     """
@@ -72,7 +74,7 @@ class Limits:
     floor: float = 0.5
     missing: float = 0.2
     tail: float = 0.45
-    unseen: float = 0.3
+    unseen: float = 0.262
     lacking: float = 0.15
     bracket: float = 1.69
 
@@ -122,7 +124,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     gap = np.abs(test.cross[:, 0] - found.log_kl)
     noise = pairs.noise_from
     unclear = test.cross[:, 1] > 0.5
-    hidden = unseen(pairs, sample)
+    hidden = unseen(pairs, sample) / np.maximum(kl, 1e-300)
     found_wanting = [
         (
             noise < LIMITS.floor * sample.step,
@@ -141,7 +143,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
             & (not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
             "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
         ),
-        (hidden > LIMITS.unseen * kl, ROUGHER),
+        (too_rough(hidden, share * found.error), ROUGHER),
         (
             _here_or_at_more_noise(
                 (found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1]),
@@ -189,6 +191,16 @@ def unseen(pairs: Pairs, sample: Sample) -> Array:
         relative = np.exp(2 * pairs.tau) / float(sample.eigenvalues.max())
     share_seen = np.minimum(4 * np.exp(-2) * pairs.dtau**2, 1.0)
     return 0.5 * UNDETECTED / sample.n * share_seen / (1 + relative) ** 2
+
+
+def too_rough(hidden_share: Array, error: Array) -> npt.NDArray[np.bool_]:
+    """Whether what the samples cannot show and the interval of 90 % exceed ``LIMITS.unseen`` together, (m,).
+
+    Args:
+        hidden_share: ``unseen`` as a share of the KL.
+        error: standard error of log KL; one beyond ``LIMITS.error`` is refused for itself.
+    """
+    return np.asarray(hidden_share + Z90 * np.minimum(error, LIMITS.error) > LIMITS.unseen, dtype=bool)
 
 
 def tail_shares(sample: Sample) -> Array:
