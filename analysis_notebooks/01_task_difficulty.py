@@ -82,7 +82,7 @@ difficulty_figure(RESULTS);
 # %% [markdown]
 # ## Ranks, and how sure they are
 #
-# Where two intervals overlap, the two tasks are not told apart.
+# An interval is that of one task's rank; which neighbours are told apart, all at 95 % together, the verdict says.
 
 # %%
 rank_figure(RESULTS);

@@ -29,8 +29,7 @@
 # The data: `digits-mixture` (64 dimensions, ten Gaussians fitted to the digits; its Bayes loss is known exactly),
 # `digits` (8 x 8) and `photo-patches-8` (3 x 8 x 8 crops of two photographs). For the last two the floor is the best
 # loss that any prediction, seed or shared network reached on the same draws at up to twice the budget: an upper
-# bound. The networks are small MLPs and none has converged. All intervals are 90 %. Only the mixture was measured under
-# all four processes.
+# bound. The networks are small MLPs and none has converged. All intervals are 90 %.
 
 # %%
 from pathlib import Path

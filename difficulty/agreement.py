@@ -41,7 +41,7 @@ from difficulty.process_file import read_process
 from difficulty.randomness import stream
 from difficulty.rank_correlation import agreement_words, kendall, spearman, with_interval
 from difficulty.ranking import Estimate, Ranking
-from difficulty.records import read_run, read_table, write_array, write_table
+from difficulty.records import fingerprint_array, read_run, read_table, write_array, write_json, write_table
 from difficulty.stability import stability_table
 from difficulty.tasks import Task, make_tasks
 
@@ -65,6 +65,7 @@ class _Side:
     probe: pd.DataFrame | None  # probe.csv of a probe
     entropy: pd.DataFrame | None  # relative_entropy.csv
     floor: Array | None
+    siblings: pd.DataFrame | None = None  # losses.csv of all seeds, where ``losses`` holds one of them
 
     @property
     def judged_alike(self) -> tuple[Any, ...]:
@@ -86,14 +87,15 @@ class _Side:
     def of_seed(self, seed: int) -> "_Side":
         """The experts of one seed alone."""
         assert self.losses is not None
-        return replace(self, name=f"{self.name} seed {seed}", losses=self.losses[self.losses["seed"] == seed])
+        own = self.losses[self.losses["seed"] == seed]
+        return replace(self, name=f"{self.name} seed {seed}", losses=own, siblings=self.losses)
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Every measure of the folder."""
         found: dict[str, Estimate] = {}
         if self.losses is not None:
-            table = convergence_table(self.losses, self.config["plan"]["budget"])
+            table = convergence_table(self.losses, self.config["plan"]["budget"], self.siblings)
             found |= convergence_estimates(table, len(self.tasks))
         if self.entropy is not None:
             found |= relative_entropy_estimates(self.entropy, self.tasks)
@@ -139,6 +141,8 @@ def agreement_table(folders: Sequence[Path], measures: Sequence[str] = ("excess_
 def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
     """Rank a measurement again over the best loss that it or any of the others knows; its tables are written anew.
 
+    run.json names the others and the SHA-256 of their floors (``floor_from``), and so does the ranking's provenance.
+
     Args:
         folder: of `difficulty measure`, on data without an exact law.
         others: of `difficulty measure` or `difficulty probe`, with the same data, process, tasks and draws.
@@ -149,18 +153,24 @@ def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
     own = _load(folder, str(folder))
     if own.losses is None or own.floor is None:
         raise InputError(f"{folder} has no best known floor to lower; give a measurement of experts without exact law")
-    floors = [own.floor]
+    floors, sources = [own.floor], []
     for other in others:
         side = _load(other, str(other))
         if side.floor is None or side.judged_alike != own.judged_alike or _data_of(side) != _data_of(own):
             raise InputError(f"{other} was not judged on the data, process and tasks of {folder}")
         floors.append(side.floor)
+        sources.append({"folder": str(other), "sha256": fingerprint_array(side.floor)["sha256"]})
     floor = joint_floor(floors)
     losses, budget = over_floor(own.losses, own.floor, floor), own.config["plan"]["budget"]
+    run = read_run(folder)
+    # Were it interrupted, tables over different floors would stand beside each other.
+    write_json(folder / "run.json", run | {"status": "ranking over another floor"})
     write_table(folder / "losses.csv", losses)
     write_array(folder / FLOOR_FILE, floor.astype(np.float32))
     write_table(folder / "convergence.csv", convergence_table(losses, budget))
     write_table(folder / "stability.csv", stability_table(losses, budget))
+    before = run.get("floor_from", [])
+    write_json(folder / "run.json", run | {"floor_from": [*before, *(one for one in sources if one not in before)]})
     return rank_folder(folder)
 
 

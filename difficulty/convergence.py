@@ -20,7 +20,9 @@ L* is the least mean loss on the same draws over all seeds, all checkpoints up t
 denoiser: an upper bound of the floor, so that e is a lower bound.
 
 Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
-variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly.
+variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly; how far, follows
+from how much the variances of the tasks differ (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3, article 3). One seed does
+not show it at all, and its values have no interval. Where a value is only a bound, the interval is open on that side.
 """
 
 __all__ = [
@@ -38,11 +40,13 @@ __all__ = [
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.special import polygamma
 from scipy.stats import chi2
 from scipy.stats import t as student_t
 
@@ -51,8 +55,8 @@ from difficulty.intervals import INTERVAL_LEVEL
 from difficulty.process import Array
 from difficulty.records import check_columns
 
-# Weight of the tasks' median variance against a task's own, in degrees of freedom.
-PRIOR_DEGREES = 4.0
+# Weight of the tasks' median variance against a task's own, in degrees of freedom: at most, and at least.
+PRIOR_DEGREES, LEAST_PRIOR = 4.0, 0.5
 PAPER_FALL = 0.9
 # An expert that removed less than this share of the zero network's excess over the floor is stuck.
 STUCK_SHARE = 0.02
@@ -182,9 +186,10 @@ class SeedValues:
     Args:
         value: (S, K), on the scale on which errors are added (log where ``log`` is true).
         draw_sd: standard deviation on that scale from the finite set of draws, (K,).
-        censored: (K,), the value is only a bound.
+        censored: (K,), the value is only a bound: an upper one of an excess, a lower one of a rate.
         log: whether the scale is logarithmic.
         unit: of the value on the original scale.
+        bounded: whether a censored value is a "lower" or an "upper" bound.
     """
 
     value: Array
@@ -192,6 +197,7 @@ class SeedValues:
     censored: npt.NDArray[np.bool_]
     log: bool
     unit: str
+    bounded: Literal["lower", "upper"]
 
 
 def _resolvable(curves: LearningCurves) -> Array:
@@ -204,7 +210,7 @@ def excess_nats(curves: LearningCurves) -> SeedValues:
     final = _resolvable(curves)[..., -1]
     unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
     relative = (curves.resolution[..., -1] / final).mean(0)
-    return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR")
+    return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR", "upper")
 
 
 def log_regret(curves: LearningCurves) -> SeedValues:
@@ -212,7 +218,7 @@ def log_regret(curves: LearningCurves) -> SeedValues:
     excess = _resolvable(curves)[..., 1:]
     relative = (curves.resolution[..., 1:] / excess).mean((0, 2))
     unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
-    return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR")
+    return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR", "upper")
 
 
 def paper_style(curves: LearningCurves) -> SeedValues:
@@ -255,7 +261,7 @@ def _rate(
 ) -> SeedValues:
     """A rate of the fall: a stuck expert falls by nothing quickly, and has no rate rather than a good one."""
     value[:, curves.stuck] = np.nan
-    return SeedValues(value, np.zeros(value.shape[1]), censored, log, unit)
+    return SeedValues(value, np.zeros(value.shape[1]), censored, log, unit, "lower")
 
 
 def normalised_area(curves: LearningCurves) -> SeedValues:
@@ -314,32 +320,47 @@ DEFINITIONS: Mapping[str, Callable[[LearningCurves], SeedValues]] = {
 }
 
 
-def convergence_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
+def convergence_table(losses: pd.DataFrame, budget: int, siblings: pd.DataFrame | None = None) -> pd.DataFrame:
     """convergence.csv: one row per task and definition.
 
     Args:
         losses: losses.csv.
         budget: iterations at which difficulty is read off.
+        siblings: losses.csv of more seeds of the same experts, which say how far one seed lies from another.
 
     Returns:
         Columns task, definition, value, ci_low, ci_high, scale (log or linear: where the interval is symmetric),
         censored, unit. A task one of whose experts diverged has no value; one of whose experts is stuck has no
-        paper-style value; both are censored, and so is a value that is only a bound.
+        paper-style value; both are censored, and so is a value that is only a bound. Bounds of an interval are NaN
+        where they are not known: both of a single seed without siblings, the open one of a bound.
 
     Raises:
         InputError: if a column is missing.
     """
     curves = LearningCurves.from_table(losses, budget)
-    parts = [summary_over_seeds(name, definition(curves), curves) for name, definition in DEFINITIONS.items()]
+    others = curves if siblings is None else LearningCurves.from_table(siblings, budget)
+    parts = [
+        summary_over_seeds(name, definition(curves), curves, definition(others).value)
+        for name, definition in DEFINITIONS.items()
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
-def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves) -> pd.DataFrame:
-    """The rows of one definition in convergence.csv: mean over seeds on the definition's scale, interval, censoring."""
+def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, siblings: Array) -> pd.DataFrame:
+    """The rows of one definition in convergence.csv: mean over seeds on the definition's scale, interval, censoring.
+
+    Args:
+        name: of the definition.
+        values: of the seeds in question.
+        curves: of the same seeds.
+        siblings: values (S', K) of the seeds whose variance is that of the seeds; may be the same.
+    """
     centre = values.value.mean(0)
-    sd, degrees = _standard_deviation(values)
+    variance, degrees = _seed_variance(siblings)
+    sd = np.sqrt(variance / len(values.value) + values.draw_sd**2)
     half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
     back = np.exp if values.log else np.asarray
+    open_side = "ci_high" if values.bounded == "lower" else "ci_low"
     table = pd.DataFrame(
         {
             "task": np.arange(len(centre)),
@@ -352,18 +373,32 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves) ->
             "unit": values.unit,
         }
     )
+    table.loc[values.censored, open_side] = np.nan
     table.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan
     return table
 
 
-def _standard_deviation(values: SeedValues) -> tuple[Array, float]:
-    """Standard deviation (K,) of the mean over seeds, and its degrees of freedom."""
-    S = len(values.value)
+def _seed_variance(values: Array) -> tuple[Array, float]:
+    """Variance (K,) between the seeds of values (S, K), and its degrees of freedom; NaN of a single seed."""
+    S, K = values.shape
     if S == 1:
-        return values.draw_sd, np.inf  # the training seed's part is unknown; the verdict says so
-    own = values.value.var(0, ddof=1)
+        return np.full(K, np.nan), np.inf
+    own = values.var(0, ddof=1)
     known = own[np.isfinite(own)]
     # The median of a chi-squared variable lies below its mean, the more so the fewer seeds there are.
     typical = np.median(known) * (S - 1) / chi2.median(S - 1) if len(known) else np.nan
-    shrunk = (PRIOR_DEGREES * typical + (S - 1) * own) / (PRIOR_DEGREES + S - 1)
-    return np.sqrt(shrunk / S + values.draw_sd**2), PRIOR_DEGREES + S - 1
+    prior = _prior_degrees(known[known > 0], S - 1)
+    return (prior * typical + (S - 1) * own) / (prior + S - 1), prior + S - 1
+
+
+def _prior_degrees(variances: Array, degrees: int) -> float:
+    """How much the typical variance says of a task's own: less, the more the logarithms of the variances differ.
+
+    Their own noise makes them differ by polygamma(1, degrees/2) in the square; what is beyond, by a prior of so many
+    degrees of freedom as have polygamma(1, prior/2) equal to it.
+    """
+    if len(variances) < 3:
+        return PRIOR_DEGREES
+    beyond = float(np.log(variances).var(ddof=1) - polygamma(1, degrees / 2))
+    grid = np.linspace(LEAST_PRIOR, PRIOR_DEGREES, 200)
+    return float(grid[np.abs(polygamma(1, grid / 2) - beyond).argmin()])

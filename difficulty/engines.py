@@ -28,7 +28,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.denoiser import Denoiser
-from difficulty.errors import InputError, choose
+from difficulty.errors import InputError, choose, first_line
 from difficulty.folding import fold, shaken, unfoldable
 from difficulty.randomness import seeded_torch
 
@@ -213,11 +213,15 @@ def choose_engine(
     widest = max(1, CACHE_BYTES // max(largest, 1)) if on_cpu else experts
     if engine == "auto":
         engine, reason = _fitting(denoiser, x, t, widest, on_cpu)
+        if engine == "vmap" and (obstacle := _unmappable(denoiser, x, t)) is not None:
+            engine, reason = "loop", f"{reason}, nor vectorised: {obstacle}"
     else:
         choose("engine", engine, ENGINES)
         reason = "asked for"
         if engine == "batched" and (obstacle := _obstacle(denoiser, x, t)) is not None:
             raise InputError(f"engine 'batched' does not fit this network: {obstacle}; use vmap, loop or auto")
+        if engine == "vmap" and (obstacle := _unmappable(denoiser, x, t)) is not None:
+            raise InputError(f"engine 'vmap' does not fit this network: {obstacle}; use loop or auto")
 
     if processes is None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -257,6 +261,17 @@ def _fitting(denoiser: Denoiser, x: Tensor, t: Tensor, widest: int, on_cpu: bool
 
 def _obstacle(denoiser: Denoiser, x: Tensor, t: Tensor) -> str | None:
     return unfoldable(denoiser, _unlike_rows(x), t)
+
+
+def _unmappable(denoiser: Denoiser, x: Tensor, t: Tensor) -> str | None:
+    """Why torch cannot vectorise a network and its gradient, or None if it can."""
+    parameters = {name: value.requires_grad_() for name, value in shaken(denoiser, 2).items()}
+    rows = _unlike_rows(x)
+    try:
+        vmapped(denoiser, 2)(parameters, torch.stack([rows, rows]), torch.stack([t, t])).square().mean().backward()
+    except RuntimeError as error:  # what torch raises for an operation that it has no rule for
+        return first_line(error)
+    return None
 
 
 def _unlike_rows(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 __all__ = ["STARTS", "ExpertPlan", "log_spaced_iterations"]
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,13 @@ class ExpertPlan:
     def __post_init__(self) -> None:
         if self.budget < LEAST_BUDGET:
             raise InputError(f"a budget of {self.budget} iterations ends before the first checkpoints; use >= 20")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+        if not self.seeds:
+            raise InputError("experts need at least one seed")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"seeds must be different non-negative whole numbers, got {self.seeds}")
         for name in ("batch", "heldout_draws", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.heldout_draws < 2:
             raise InputError(f"heldout_draws must be at least 2 for a standard error, got {self.heldout_draws}")
         if self.engine != "auto":

@@ -162,7 +162,8 @@ def quality_estimates(table: pd.DataFrame, budget: int, tasks: int) -> dict[str,
     distance = rows["value"].to_numpy(dtype=np.float64).reshape(-1, tasks, len(iterations))
     above = distance - rows["perfect"].iloc[0]
     curves = LearningCurves(iterations, distance, above, np.zeros_like(above), above[..., 0].mean(0))
-    found = summary_over_seeds("sample_quality", paper_style(curves), curves)
+    values = paper_style(curves)
+    found = summary_over_seeds("sample_quality", values, curves, values.value)
     value, low, high = (found[name].to_numpy(dtype=np.float64) for name in ("value", "ci_low", "ci_high"))
     return {
         "sample_quality": Estimate(

@@ -60,7 +60,10 @@ def zero_losses(
     Beside them, where E[eps | x_t] (K, M, *) is known, its squared distance to that, as for the experts.
     """
     device = template.alpha.device
-    silent = Denoiser(_Zero(), template.process, template.prediction, template.data_std).to(device)
+    # With the baseline of the experts, or like them without: else an expert's own start would not be zero's.
+    silent = Denoiser(
+        _Zero(), template.process, template.prediction, template.data_std, baseline=template.baseline
+    ).to(device)
     losses, excess = [], []
     with torch.no_grad():
         for k in range(len(draws.t)):

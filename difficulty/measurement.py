@@ -52,6 +52,9 @@ from difficulty.tasks import Task, make_tasks
 
 SAMPLE_QUALITY = "sample-quality"
 PARTIAL_EXPERTS = "experts.partial.safetensors"
+# Definitions that refer to the floor, and what is said of them where it is no Bayes loss.
+OVER_THE_FLOOR = ("excess_nats", "log_regret", "paper_style_floor", "power_law")
+BEST_KNOWN = "the floor is an upper bound of the Bayes loss, and an excess over it a lower bound"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]
 
@@ -330,11 +333,20 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
     notes = []
     if "convergence" in config["measures"]:
         table = tables["convergence"]
-        estimates |= convergence_estimates(table, len(tasks))
+        known = "" if (tables["losses"]["floor_kind"] == "exact").all() else BEST_KNOWN
+        estimates |= convergence_estimates(table, len(tasks), known)
         sources["convergence.csv"] = _digest(folder / "convergence.csv")
         notes += _failures(table, tasks)
         if len(config["plan"]["seeds"]) == 1:
-            notes.append("Only one seed was trained: the intervals do not include the randomness of training.")
+            notes.append(
+                "Only one seed was trained: how far another would lie is not known, so that no value of convergence "
+                "has an interval and nothing is told apart; train at least two."
+            )
+        if known:
+            notes.append(
+                f"No exact law is known, so that {', '.join(OVER_THE_FLOOR)} are taken over the best loss known: "
+                f"{known}; the intervals do not hold the distance to the Bayes loss."
+            )
     if SAMPLE_QUALITY in config["measures"]:
         estimates |= quality_estimates(tables["sample_quality"], config["plan"]["budget"], len(tasks))
         sources["sample_quality.csv"] = _digest(folder / "sample_quality.csv")
@@ -347,7 +359,8 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
         process,
         dataset=config["dataset_fingerprint"],
         grid=config["grid"],
-        provenance={"kind": "experts", "plan": config["plan"], "estimator": config["estimator"], "sha256": sources},
+        provenance={"kind": "experts", "plan": config["plan"], "estimator": config["estimator"], "sha256": sources}
+        | ({"floor_from": run["floor_from"]} if "floor_from" in run else {}),
         notes=notes,
     )
     verdict = list(ranking.verdict)
@@ -374,8 +387,13 @@ def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> list[str]:
     return found
 
 
-def convergence_estimates(table: pd.DataFrame, tasks: int) -> dict[str, Estimate]:
+def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "") -> dict[str, Estimate]:
     """The definitions of convergence.csv as estimates of task difficulty.
+
+    Args:
+        table: convergence.csv.
+        tasks: their number.
+        floor_note: for the reader of the definitions that refer to the floor.
 
     Raises:
         InputError: if a column is missing or a definition does not have one row per task.
@@ -394,6 +412,7 @@ def convergence_estimates(table: pd.DataFrame, tasks: int) -> dict[str, Estimate
             log=part["scale"].iloc[0] == "log",
             flagged=part["censored"].to_numpy(dtype=bool),
             hardest_if_missing=True,
+            note=floor_note if name in OVER_THE_FLOOR else "",
         )
     return estimates
 

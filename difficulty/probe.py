@@ -8,7 +8,8 @@ within each task. probe.csv has one row per task:
                   (``floor_from``), else that of a Gaussian denoiser; there the model itself may be the best
     excess_nats   (loss - floor)/2, nats per unit log-SNR, with its 90 % interval over draws; of an exact law
                   E |eps_hat - E[eps | x_t]|^2 / 2, the same without the noise of the floor
-    linear_loss   loss of the Gaussian denoiser: a task in which the model is no better was hardly trained
+    linear_loss   loss of the Gaussian denoiser
+    untrained     the loss is above it by more than its noise and ``NOTICED`` per dimension, or is no number
 
 Without an exact law floor.npy holds, per draw, the losses of the best denoiser known, this model included.
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
@@ -47,6 +48,9 @@ PROBE_COLUMNS: Mapping[str, type] = {
 # Draws that a model gets at a time, always as many: a matrix product rounds by its size, and the losses must not depend
 # on how they were computed.
 GROUP = 16
+# Loss per dimension by which a model must be worse than the linear denoiser to be called untrained: that of zeros is 1.
+# At high noise the linear one is the best there is, and any network a little worse.
+NOTICED = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +159,7 @@ class Prober:
         flat = (self.draws.x0.flatten(0, 1), self.draws.eps.flatten(0, 1), self.draws.t.flatten())
         linear = posterior_eps_at(wiener(dataset), process, *flat).reshape(self.draws.eps.shape)
         self.linear = _squared(linear, self.draws.eps)
+        self.noticed = NOTICED * dataset.dim
         self.floor, self.posterior = floor_losses(dataset, process, self.draws)
         self.floor_kind = "exact"
         if self.posterior is None:
@@ -196,8 +201,7 @@ class Prober:
             "ci_low": mean - Z90 * se,
             "ci_high": mean + Z90 * se,
             "linear_loss": self.linear.mean(1),
-            # Significantly worse than the linear denoiser: hardly trained here, or on other noise levels.
-            "untrained": ~(gain.mean(1) > -Z90 * gain.std(1, ddof=1) / np.sqrt(count)),
+            "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain.std(1, ddof=1) / np.sqrt(count), self.noticed)),
         }
         known = None if self.posterior is not None else joint_floor([self.floor, losses])
         return pd.DataFrame(columns, columns=list(PROBE_COLUMNS)), known
@@ -245,7 +249,14 @@ def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
             raise InputError(f"{model.name} has no process of its own; name the one it was trained on with --process")
         return get_process(process)
     if process is not None:
-        model.process.check_fingerprint(get_process(process).fingerprint, "the process asked for")
+        asked = get_process(process)
+        try:
+            asked.check_fingerprint(model.process.fingerprint, model.name)
+        except InputError:
+            raise InputError(
+                f"{model.name} was trained with process {model.process.name!r} and cannot be probed with "
+                f"{asked.name!r}; leave --process out"
+            ) from None
     return model.process
 
 
@@ -273,13 +284,19 @@ def _squared(estimates: Tensor, goal: Tensor) -> Array:
 
 def _warnings(table: pd.DataFrame) -> list[str]:
     found = []
-    bad = table[table["untrained"]]
+    bad = table[table["untrained"] & np.isfinite(table["heldout_loss"])]
     if len(bad):
-        spans = ", ".join(f"{first}..{last}" for first, last in zip(bad["t_first"], bad["t_last"], strict=True))
-        found.append(f"At t {spans} the model is worse than a linear denoiser: it was hardly trained there.")
+        found.append(f"At t {_spans(bad)} the model is worse than a linear denoiser: it was hardly trained there.")
+    broken = table[~np.isfinite(table["heldout_loss"])]
+    if len(broken):
+        found.append(f"At t {_spans(broken)} the model returns NaN or infinity.")
     if (table["floor_kind"] == "linear").any():
         found.append(
             "The floor is that of a linear denoiser, so the excess is a gain when negative; give --floor-from a "
             "measurement for the excess over the best known loss."
         )
     return found
+
+
+def _spans(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{first}..{last}" for first, last in zip(rows["t_first"], rows["t_last"], strict=True))

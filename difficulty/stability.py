@@ -61,21 +61,29 @@ def _ranks(values: pd.Series) -> Array:
 
 
 def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanking]) -> list[str]:
-    """One sentence per definition: agreement of the budgets and seeds, and how many ranks survive."""
+    """One sentence per definition: agreement of the budgets and seeds, and how many ranks survive.
+
+    Ranks of tasks whose value is a bound are none that could survive; where all are, nothing is said.
+    """
     check_columns(table, STABILITY_COLUMNS, "stability.csv")
     sentences = []
     for definition, part in table.groupby("definition", sort=False):
         ranks = part.pivot(index="task", columns="variant", values="rank")
         measure = measures[str(definition)]
         low, high = (np.array(v, dtype=np.float64) for v in (measure.rank_low, measure.rank_high))
-        survive = np.ones(len(ranks), dtype=bool)
+        known = ~np.array(measure.flagged)
+        if not known.any():
+            continue
+        survive = known.copy()
         for variant in (HALF, DOUBLE):
             survive &= (low <= ranks[variant]) & (ranks[variant] <= high)
         seeds = [name for name in ranks.columns if str(name).startswith("seed ")]
         between = [_tau(ranks[a], ranks[b]) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+        which = "" if known.all() else " that are no bounds"
         sentence = (
             f"{definition} at half the budget tau {_tau(ranks[BUDGET], ranks[HALF]):+.2f}, at twice the budget tau "
-            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}; {int(survive.sum())} of {len(ranks)} ranks survive both"
+            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}; {int(survive.sum())} of {int(known.sum())} ranks{which} "
+            "survive both"
         )
         sentences.append(sentence + (f"; between seeds tau at least {min(between):+.2f}." if between else "."))
     return sentences

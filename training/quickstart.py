@@ -115,10 +115,11 @@ def summarise(out: Path, dataset: Dataset, plan: QuickstartPlan) -> list[str]:
     verdict = {sentence.partition(":")[0]: sentence.partition(": ")[2] for sentence in ranking.verdict}
     agreement = next(s for s in ranking.verdict if s.startswith(f"{MEASURE} and {OTHER_MEASURE} "))
     clusters = " -> ".join(_spans(cluster.tasks, curriculum.tasks) for cluster in curriculum.clusters)
+    about = "; ".join(filter(None, [f"{MEASURE}, {chosen.unit}", chosen.note]))
     return [
         f"Data: {dataset.name}, {len(dataset.train)} train and {len(dataset.heldout)} held-out samples of "
         f"{dataset.dim} dimensions; {plan.process}, {len(ranking.tasks)} tasks, {plan.expert_seeds} experts each.",
-        f"Hardest to learn ({MEASURE}, {chosen.unit}): {_named(chosen, ranking.tasks, chosen.order[::-1])}.",
+        f"Hardest to learn ({about}): {_named(chosen, ranking.tasks, chosen.order[::-1])}.",
         f"Easiest: {_named(chosen, ranking.tasks, chosen.order)}.",
         f"By convergence: {verdict[MEASURE]}",
         f"By relative entropy: {verdict[OTHER_MEASURE]}",

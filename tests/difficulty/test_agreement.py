@@ -117,6 +117,8 @@ def test_without_an_exact_law_all_are_judged_over_the_best_floor_that_any_of_the
     before = pd.read_csv(poor / "convergence.csv")
     ranking = rank_over_joint_floor(poor, [honest])
     assert ranking.measures["excess_nats"].order == [3, 2, 1, 0]
+    (source,) = ranking.provenance["floor_from"]
+    assert source["folder"] == str(honest)
     after = pd.read_csv(poor / "convergence.csv")
     excess = after[after["definition"] == "excess_nats"]["value"]
     np.testing.assert_allclose(excess, [4.1, 2.0, 1.0, 0.5], rtol=1e-6)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from learning_curves import BUDGET, exponential, losses_of
+from scipy.stats import t as student_t
 
-from difficulty.convergence import convergence_table, loss_table
+from difficulty.convergence import _seed_variance, convergence_table, loss_table
 from difficulty.errors import InputError
 from difficulty.expert_plan import log_spaced_iterations
 from difficulty.experts import ExpertCurves
@@ -158,3 +159,37 @@ def test_an_expert_that_gives_what_the_zero_network_gives_is_stuck_whatever_the_
     assert value(table, "excess_nats", 1, "censored")
     assert np.isnan(value(table, "paper_style", 1))
     assert not value(table, "excess_nats", 0, "censored")
+
+
+def test_one_seed_has_values_and_no_intervals_unless_others_say_how_seeds_differ():
+    losses = losses_of([exponential(rate) for rate in (100, 200, 300)], range(3), noise=0.2)
+    one = losses[losses["seed"] == 1]
+    alone, among = convergence_table(one, BUDGET), convergence_table(one, BUDGET, losses)
+    assert alone["value"].notna().all()
+    assert alone[["ci_low", "ci_high"]].isna().all(axis=None)
+    of_all = convergence_table(losses, BUDGET)
+    for table in (among, of_all):
+        table["width"] = np.log(table["ci_high"] / table["ci_low"])
+    excess = [table.loc[table["definition"] == "excess_nats", "width"].to_numpy() for table in (among, of_all)]
+    np.testing.assert_allclose(excess[0], np.sqrt(3) * excess[1], rtol=1e-6)
+
+
+def test_where_seeds_of_some_tasks_differ_more_the_intervals_of_these_hold_the_truth():
+    rng, K = np.random.default_rng(0), 20
+    sd = np.exp(np.linspace(np.log(0.02), np.log(0.5), K))
+    covered = []
+    for _ in range(200):
+        values = sd * rng.standard_normal((3, K))
+        variance, degrees = _seed_variance(values)
+        covered.append(np.abs(values.mean(0)) <= student_t.ppf(0.95, degrees) * np.sqrt(variance / 3))
+    # A prior of four degrees of freedom, whatever the tasks say, holds the truth of the last one in two of three cases.
+    assert np.mean(covered) > 0.87
+    assert np.mean(covered, 0).min() > 0.72
+
+
+def test_a_bound_has_an_interval_that_is_open_on_its_side():
+    table = convergence_table(losses_of([exponential(100), exponential(5000)], range(3), noise=0.05), BUDGET)
+    late = table[(table["definition"] == "paper_style_floor") & (table["task"] == 1)].iloc[0]
+    assert late["censored"]
+    assert np.isnan(late["ci_high"])
+    assert late["ci_low"] <= late["value"]

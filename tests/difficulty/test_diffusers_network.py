@@ -7,11 +7,16 @@ import pytest
 import torch
 from diffusers_configs import DIT, TEXT, UNET
 
+from difficulty.datasets import load_dataset
 from difficulty.denoiser import Denoiser
 from difficulty.diffusers_network import DiffusersNetwork
+from difficulty.engines import choose_engine
 from difficulty.errors import InputError
+from difficulty.heldout import heldout_draws, zero_losses
 from difficulty.networks import build_network
+from difficulty.process import get_process
 from difficulty.schedulers import process_from_scheduler
+from difficulty.tasks import make_tasks
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -106,3 +111,17 @@ def test_a_model_without_classes_names_the_setting_that_gives_it_some(tmp_path):
     network = build_network(spec_of(tmp_path, UNET), (1, 8, 8), 0)
     with pytest.raises(InputError, match="set num_class_embeds"):
         _ = network.null_label
+
+
+def test_zero_is_judged_as_such_a_model_is_without_a_baseline(tmp_path):
+    process, data = get_process("vp-linear"), load_dataset("digits")
+    draws = heldout_draws(data, make_tasks(process, 3), 64)
+    network = build_network(spec_of(tmp_path, UNET), (1, 8, 8), 0)
+    losses, _ = zero_losses(Denoiser(network, process, "eps", 0.7), draws, None)
+    np.testing.assert_allclose(losses, draws.eps.square().flatten(2).sum(2), rtol=1e-5)
+
+
+def test_a_model_that_cannot_be_vectorised_is_refused_before_anything_is_trained(tmp_path):
+    denoiser = Denoiser(build_network(spec_of(tmp_path, UNET), (1, 8, 8), 0), get_process("vp-linear"), "eps", 0.7)
+    with pytest.raises(InputError, match=r"engine 'vmap' does not fit this network: .*; use loop or auto"):
+        choose_engine(denoiser, (1, 8, 8), batch=8, experts=2, iterations=10, engine="vmap")

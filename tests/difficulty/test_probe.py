@@ -251,7 +251,7 @@ def test_models_that_cannot_be_used_cost_one_sentence(tmp_path, unet_folder):
     }.items():  # fmt: skip
         refused(re.escape(message), f"{own}:{name}", "digits", "vp-linear", out=out)
     refused("cannot take samples|maps", unet_folder, "grid-2d:n=100", out=out)
-    refused("noise levels differ", unet_folder, "digits", "vp-cosine", out=out)
+    refused("leave --process out", unet_folder, "digits", "vp-cosine", out=out)
     bare = tmp_path / "bare"
     diffusers.UNet2DModel.from_pretrained(unet_folder / "unet").save_pretrained(bare)
     refused("holds no scheduler", bare, "digits", out=out)
@@ -297,3 +297,22 @@ def test_a_floor_of_other_data_or_tasks_is_refused(tmp_path):
     (tmp_path / "m" / "floor.npy").write_bytes(b"half")
     refused("not a readable array", model, tmp_path / "a.npy", out=tmp_path / "q", tasks=3, draws=64,
             floor_from=tmp_path / "m")  # fmt: skip
+
+
+def test_a_model_next_to_the_linear_denoiser_where_that_is_best_is_not_called_untrained(tmp_path):
+    data, process = load_dataset("gaussian:dim=8,var=0.25,n=400"), get_process("vp-linear")
+    alpha, sigma = (torch.as_tensor(a, dtype=torch.float32) for a in (process.alpha, process.sigma))
+
+    def almost(x_t, t):
+        a, s = alpha[t][:, None], sigma[t][:, None]
+        return 0.99 * s / (0.25 * a**2 + s**2) * x_t
+
+    model = TrainedModel("almost", process, almost)
+    assert not probe(model, data, out=tmp_path / "p", tasks=5, draws=256).table["untrained"].any()
+
+
+def test_a_model_that_returns_nan_is_said_to(tmp_path):
+    model = TrainedModel("broken", get_process("vp-linear"), lambda x_t, t: x_t * float("nan"))
+    found = probe(model, "gaussian:dim=2,n=60", out=tmp_path / "p", tasks=3, draws=16)
+    assert found.table["untrained"].all()
+    assert found.warnings[0] == "At t 1..333, 334..666, 667..1000 the model returns NaN or infinity."

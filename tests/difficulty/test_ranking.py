@@ -144,3 +144,59 @@ def test_a_file_without_measures_or_with_short_intervals_is_refused(tmp_path):
         (tmp_path / "ranking.json").write_text(json.dumps(content | {"measures": measures}))
         with pytest.raises(InputError, match=message):
             Ranking.load(tmp_path)
+
+
+def test_one_seed_of_unknown_error_decides_nothing():
+    value = 2.0 ** -np.arange(10)
+    unknown = Estimate(
+        "nats", value, np.full(10, np.nan), np.full(10, np.nan), True, np.zeros(10, bool), hardest_if_missing=True
+    )
+    ranking = ranking_of(m=unknown)
+    measure = ranking.measures["m"]
+    assert measure.order == list(range(9, -1, -1))
+    assert set(measure.rank_low) == {1}
+    assert set(measure.rank_high) == {10}
+    assert "0 of 9 neighbours" in ranking.verdict[0]
+    assert "is not decided" in ranking.verdict[0]
+
+
+@pytest.mark.parametrize("peak", [3, 4])
+def test_one_task_that_is_harder_than_a_cleaner_one_is_named(peak):
+    verdict = ranking_of(m=estimate(0.5 ** np.abs(np.arange(10) - peak - 0.2))).verdict[0]
+    assert f"'lower t is harder' fails: t {100 * peak + 1}..{100 * peak + 100} is harder than t 1..100" in verdict
+
+
+def test_where_the_cleanest_tasks_have_no_value_the_claim_is_about_the_others():
+    value = 2.0 ** -np.arange(10.0)
+    value[:2] = np.nan
+    ranking = ranking_of(m=estimate(value, hardest_if_missing=False))
+    assert "'lower t is harder' holds for t of 201 and above" in ranking.verdict[0]
+
+
+def test_a_task_whose_value_is_a_bound_is_neither_the_easiest_nor_told_apart():
+    value, flagged = 2.0 ** -np.arange(10.0), np.arange(10) >= 8
+    ranking = ranking_of(m=estimate(value, flagged=flagged))
+    assert "hardest t 1..100, easiest t 701..800; 7 of 9 neighbours" in ranking.verdict[0]
+    assert "* a bound): 901..1000* ~ 801..900* ~ 701..800 < 601..700" in ranking.verdict[1]
+
+
+def test_tasks_whose_end_was_not_seen_share_the_hardest_places():
+    value = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 8.0, 8.0])
+    tables = estimate(value, flagged=value == 8)
+    open_above = Estimate(
+        "iterations", value, tables.ci_low, np.where(value == 8, np.nan, tables.ci_high), True, value == 8,
+        hardest_if_missing=True,
+    )  # fmt: skip
+    measure = ranking_of(m=open_above).measures["m"]
+    assert [(measure.rank_low[k], measure.rank_high[k]) for k in (7, 8, 9)] == [(8, 10)] * 3
+
+
+def test_of_equal_neighbours_few_rankings_tell_any_apart():
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        # Ten pairs of equal tasks, far from each other; the errors are known.
+        truth = np.repeat(np.arange(5), 2) * 5.0
+        value = np.exp(truth + 0.1 * rng.standard_normal(10))
+        measure = ranking_of(m=estimate(value, 1.645 * 0.1)).verdict[0]
+        wrong += "4 of 9 neighbours" not in measure
+    assert wrong <= 20  # 5 % of 200 and two standard deviations more

@@ -54,3 +54,11 @@ def test_ranks_stand_in_the_table_for_every_variant():
 def test_noise_between_seeds_shows_in_the_agreement(definition):
     losses = losses_of([exponential(500 * 1.02**k) for k in range(6)], noise=0.3)
     assert "between seeds tau at least +1.00" not in sentence_of(losses, definition, 6)
+
+
+def test_nothing_survives_where_nothing_was_learned():
+    losses = losses_of([lambda i: 5.0] * 4)
+    process = get_process("vp-linear")
+    estimates = convergence_estimates(convergence_table(losses, BUDGET), 4)
+    ranking = rank_tasks(estimates, make_tasks(process, 4), process, dataset={}, grid="t", provenance={})
+    assert stability_sentences(stability_table(losses, BUDGET), ranking.measures) == []
