@@ -134,6 +134,13 @@ def test_the_gain_over_one_thread_is_that_of_the_table():
         across.append(f"{ms[1]['plain loop'] / ms[2].min():.1f}")
         within.append(f"{table.loc[network]['ratio'][2].max():.1f}")
     assert f"is {across[0]} and {across[1]} times as fast instead of {within[0]} and {within[1]}" in text
+    reached = [
+        f"{table.loc[(network, 1, engine), 'gflops']:.0f} of {table.loc[(network, 1, engine), 'gflops_matrix']:.0f}"
+        for network, engine in (
+            ("MLP 2-D", "batched"), ("MLP 64-D", "batched"), ("small UNet 8x8", "loop"), ("tiny DiT 8x8", "batched"),
+        )
+    ]  # fmt: skip
+    assert f"{', '.join(reached[:3])} and {reached[3]} GFLOP/s" in text
 
 
 def test_the_accuracy_in_words_is_that_of_the_tables():
