@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from memory import peak_resident_gib
 from scipy import stats
 from torch import nn
 
@@ -199,12 +200,6 @@ def print_peak(network: str, name: str, options: argparse.Namespace) -> None:
     contestants(network, options)[name]()(5)
     on_gpu = torch.cuda.max_memory_allocated() / 2**30 if options.device != "cpu" else 0.0
     print(on_gpu or peak_resident_gib())
-
-
-def peak_resident_gib() -> float:
-    """Peak memory of this process; Linux's ru_maxrss would be that of its parent, if that was larger."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 2**20
 
 
 def main() -> None:

@@ -79,12 +79,14 @@ def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanki
             survive &= (low <= ranks[variant]) & (ranks[variant] <= high)
         seeds = [name for name in ranks.columns if str(name).startswith("seed ")]
         between = [_tau(ranks[a], ranks[b]) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
-        which = "" if known.all() else " that are no bounds"
         sentence = (
             f"{definition} at half the budget tau {_tau(ranks[BUDGET], ranks[HALF]):+.2f}, at twice the budget tau "
-            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}; {int(survive.sum())} of {int(known.sum())} ranks{which} "
-            "survive both"
+            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}"
         )
+        # Where every rank may be any, all survive whatever happens.
+        if ((high - low)[known] < len(ranks) - 1).any():
+            which = "" if known.all() else " that are no bounds"
+            sentence += f"; {int(survive.sum())} of {int(known.sum())} ranks{which} survive both"
         sentences.append(sentence + (f"; between seeds tau at least {min(between):+.2f}." if between else "."))
     return sentences
 

@@ -56,6 +56,11 @@ def test_noise_between_seeds_shows_in_the_agreement(definition):
     assert "between seeds tau at least +1.00" not in sentence_of(losses, definition, 6)
 
 
+def test_of_one_seed_whose_ranks_may_be_any_none_is_said_to_survive():
+    losses = losses_of([exponential(rate) for rate in (100, 150, 200, 300, 500)], seeds=(0,))
+    assert "survive" not in sentence_of(losses, "excess_nats", 5)
+
+
 def test_nothing_survives_where_nothing_was_learned():
     losses = losses_of([lambda i: 5.0] * 4)
     process = get_process("vp-linear")
