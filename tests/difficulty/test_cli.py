@@ -103,7 +103,7 @@ def refused(capsys, *args):
         (["--network", "unet"], "needs images"),
         (["--budget", "5"], "ends before the first checkpoints"),
         (["--tasks", "2000"], "number of tasks"),
-        (["--seeds", "0"], "seeds must be"),
+        (["--seeds", "0"], "need at least one seed"),
         (["--estimator", "magic"], "known are"),
     ],
 )
