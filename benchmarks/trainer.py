@@ -155,7 +155,7 @@ def randint(process) -> Callable[[int], None]:
 
 
 def check_microseconds(network: str, options: argparse.Namespace, checks: int = 15) -> float:
-    """Median cost per step of the checks of `held-out`, with draws enough for them to be thinned to its ``cost``."""
+    """Median cost per step of the checks of `held-out`, with draws enough for its ``cost`` to limit them."""
     data, process = load_dataset("digits"), get_process("vp-linear")
     endless = interval_curriculum(process, k=2, pacing="held-out", pacing_options={"least": 10**6, "cap": 1.0})
     plan = TrainPlan(
@@ -163,7 +163,7 @@ def check_microseconds(network: str, options: argparse.Namespace, checks: int = 
     )
     trainer = Trainer(data, process, plan, endless, device=options.device)
     heldout = HeldOut(data, process, tasks_of(None, process))
-    every = trainer.sampler.heldout_every
+    every, _ = trainer.sampler.heldout_plan(BATCH, int(trainer.sampler.active(heldout.t.numpy()).sum()))
     while trainer.done < every:
         trainer.step()
     seconds = []

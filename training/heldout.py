@@ -82,7 +82,8 @@ class HeldOut:
         """The draws (x0, eps, t, condition) whose entry of ``mask`` is true; of more than ``most`` so many, evenly."""
         inside = np.flatnonzero(mask)
         count = min(most, len(inside))
-        chosen = torch.from_numpy(inside[np.arange(count) * len(inside) // max(count, 1)])
+        # From the middle of every stride: t grows within a task, and the first would be its cleanest.
+        chosen = torch.from_numpy(inside[(2 * np.arange(count) + 1) * len(inside) // max(2 * count, 1)])
         condition = None if self.condition is None else self.condition[chosen]
         return self.x0[chosen], self.eps[chosen], self.t[chosen], condition
 

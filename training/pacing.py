@@ -23,6 +23,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scipy.special import ndtr, stdtrit
+
 from difficulty.errors import InputError, choose
 from difficulty.specs import check_option
 
@@ -140,17 +142,18 @@ def _kept(stages: int, budget: int, tau: int = 200) -> Patience:
 class HeldOut(Pacing):
     """The improvement on fixed draws is not significant any more.
 
-    Every ``check_every`` iterations the losses of the same draws are compared with those of the check before; a stage
-    ends at the first check at which z = mean(d)/se(d) of the paired differences d = log(before/after) is below
-    ``z_least``, that is when an improvement can no longer be shown.
+    Every ``check_every`` iterations the losses of the same n draws are compared with those of the check before; a stage
+    ends at the first check at which z = mean(d)/se(d) of the paired differences d = log(before/after) is below the
+    threshold, that is when an improvement can no longer be shown. The threshold is that of Student's t of n - 1 degrees
+    at the level of ``z_least``: a normal one would take noise for improvement far too often at few draws.
 
     Args:
         check_every: iterations between checks.
-        z_least: one-sided threshold; 1.64 is 5 %.
+        z_least: one-sided threshold for many draws; 1.64 is 5 %.
         least, most: iterations of a stage; most = 0 means the cap alone bounds it.
         cap: greatest share of the budget for all stages but the last, in (0, 1].
-        cost: greatest share of the computation of training that the checks take in a run of the trainer, which thins
-            the draws to it; in (0, 1].
+        cost: greatest share of the computation of training that the checks take in a run of the trainer, which takes
+            fewer draws for it, and rather than too few of them checks less often; in (0, 1].
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class HeldOut(Pacing):
         self.check_every, self.z_least, self.least, self.most, self.cap = check_every, z_least, least, most, cap
         self.cost = cost
         self.before: list[float] | None = None
-        self.z = math.inf
+        self.z, self.draws = math.inf, 0
 
     def due(self, stage: int, stage_start: int, step: int) -> str | None:
         if step >= self.cap * self.budget:
@@ -181,12 +184,13 @@ class HeldOut(Pacing):
         length = step - stage_start
         if self.most and length >= self.most:
             return f"longest stage of {self.most} iterations reached"
-        if length >= self.least and self.z < self.z_least:
-            return f"improvement not significant (z = {self.z:.2f} < {self.z_least:g})"
+        threshold = float(stdtrit(max(self.draws - 1, 1), ndtr(self.z_least)))
+        if length >= self.least and self.z < threshold:
+            return f"improvement not significant (z = {self.z:.2f} < {threshold:.2f}, {self.draws} draws)"
         return None
 
     def begin_stage(self, stage: int) -> None:
-        self.before, self.z = None, math.inf
+        self.before, self.z, self.draws = None, math.inf, 0
 
     def observe_heldout(self, losses: Sequence[float]) -> None:
         if self.before is not None:
@@ -195,13 +199,16 @@ class HeldOut(Pacing):
             mean = sum(difference) / max(n, 1)
             variance = sum((d - mean) ** 2 for d in difference) / max(n - 1, 1)
             self.z = mean / math.sqrt(variance / n) if n > 1 and variance > 0 else 0.0
+            self.draws = n
         self.before = list(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before, "z": None if math.isinf(self.z) else self.z}
+        return {"before": self.before, "z": None if math.isinf(self.z) else self.z, "draws": self.draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.before, self.z = state["before"], math.inf if state["z"] is None else state["z"]
+        # States of earlier versions do not hold the number of draws.
+        self.draws = state.get("draws", len(self.before or ()))
 
 
 PACINGS: Mapping[str, Callable[..., Pacing]] = {

@@ -44,6 +44,14 @@ class Parallel(ABC):
     def reduce(self, total: Tensor, parameters: Sequence[Tensor]) -> None:
         """Sum the loss and the gradients over the processes, in place."""
 
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts (n, *) of all processes in their order, (world n, *), on each of them; all must ask."""
+        if self.world == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.world)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor put together from its parts; all processes must ask."""
         return tensor

@@ -11,6 +11,7 @@ One cluster of all tasks and no curriculum at all go through the same arithmetic
 __all__ = ["StageRecord", "TimestepSampler", "coverage_rows", "stage_rows"]
 
 import bisect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,8 @@ from training.density import Interval, density, normalised
 from training.pacing import Fraction, Pacing, make_pacing
 from training.streams import TIMESTEPS
 
+# Held-out draws below which a check would be blind; it is then made less often instead.
+LEAST_DRAWS = 64
 # Draws without a word of their loss after which a rule that waits for losses says so.
 PATIENT_DRAWS = 100
 
@@ -201,13 +204,20 @@ class TimestepSampler:
         """Iterations between calls of ``update_heldout`` that the pacing rule wants now; 0 for none."""
         return self.pacing.check_every if self.stage < self.stages - 1 else 0
 
-    def heldout_draws(self, batch: int) -> int:
-        """Most draws of a check of the pacing rule, so that it costs no more than its ``cost``.
+    def heldout_plan(self, batch: int, available: int) -> tuple[int, int]:
+        """Iterations between checks, a multiple of ``heldout_every``, and draws of each, within the rule's ``cost``.
+
+        A check takes at least ``LEAST_DRAWS`` draws, or all there are if those are fewer. Not for the last stage, which
+        has no checks.
 
         Args:
             batch: samples per iteration of all processes; an iteration takes about three forward passes of them.
+            available: draws there are in the current stage.
         """
-        return max(2, int(3 * batch * self.pacing.check_every * self.pacing.cost))
+        affordable = 3 * batch * self.pacing.cost * self.heldout_every  # forward passes from one check to the next
+        least = min(LEAST_DRAWS, available)
+        stretch = max(1, math.ceil(least / affordable))
+        return stretch * self.heldout_every, max(least, min(available, int(stretch * affordable)))
 
     def update_heldout(self, losses: Sequence[float]) -> None:
         """Report losses on fixed draws of the current stage's timesteps (see ``active``)."""

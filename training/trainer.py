@@ -254,18 +254,26 @@ class Trainer:
     def report_heldout(self, heldout: HeldOut) -> None:
         """Give the pacing rule its held-out losses if it wants them after this iteration.
 
-        They are those of the network in training, not of the average, which lags behind a new stage.
+        They are those of the network in training, not of the average, which lags behind a new stage. Every process
+        computes those of its part of the draws and is told all; all of them must call this.
         """
         every = self.sampler.heldout_every
-        if every and self.done % every == 0:
-            x0, eps, t, condition = heldout.select(
-                self.sampler.active(heldout.t.numpy()), self.sampler.heldout_draws(self.plan.batch)
-            )
-            told = None if condition is None else condition.to(self.device)
-            self.denoiser.eval()
-            losses = eval_losses(self.denoiser, x0.to(self.device), eps.to(self.device), t.to(self.device), told)
-            self.denoiser.train()
-            self.sampler.update_heldout(losses.cpu().double().tolist())
+        if not every or self.done % every:
+            return
+        inside = self.sampler.active(heldout.t.numpy())
+        stretched, most = self.sampler.heldout_plan(self.plan.batch, int(inside.sum()))
+        if self.done % stretched:
+            return
+        x0, eps, t, condition = heldout.select(inside, most)
+        # Parts of one size, the last filled up from the first: under fsdp all must make the same forward passes.
+        size = math.ceil(len(t) / self.world)
+        own = torch.arange(self.rank * size, (self.rank + 1) * size) % len(t)
+        told = None if condition is None else condition[own].to(self.device)
+        part = (x0[own].to(self.device), eps[own].to(self.device), t[own].to(self.device))
+        self.denoiser.eval()
+        losses = eval_losses(self.denoiser, *part, told)
+        self.denoiser.train()
+        self.sampler.update_heldout(self.parallel.gather(losses)[: len(t)].cpu().double().tolist())
 
     @torch.no_grad()
     def gather(self) -> None:

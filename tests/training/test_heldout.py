@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from difficulty.denoiser import Denoiser
@@ -32,18 +33,56 @@ def test_of_many_draws_a_check_takes_an_even_part(gaussian, process):
     inside = heldout.t.numpy() <= process.T // 2
     thinned = heldout.select(inside, 10)[2]
     assert len(thinned) == 10
-    assert torch.equal(thinned, heldout.t[torch.from_numpy(np.flatnonzero(inside)[np.arange(10) * inside.sum() // 10])])
+    chosen = (2 * np.arange(10) + 1) * inside.sum() // 20
+    assert torch.equal(thinned, heldout.t[torch.from_numpy(np.flatnonzero(inside)[chosen])])
+    # One draw of each task is that of its middle, not of its clean end.
+    one_each = heldout.select(np.ones(len(heldout.t), dtype=bool), len(heldout.tasks))[2]
+    assert torch.equal(one_each, heldout.t.reshape(-1, 8)[:, 4])
     assert torch.equal(heldout.select(inside, 10**6)[2], heldout.t[torch.from_numpy(inside)])
 
 
-def test_checks_of_the_trainer_stay_within_their_share_of_the_computation(gaussian, process, ranking):
+@pytest.mark.parametrize(
+    ("batch", "per_task", "first", "draws"),
+    # A tenth of the steps between two checks, each of which is worth three forward passes of the batch.
+    [
+        (64, 50, 5, 96),
+        (8, 50, 30, 72),  # five steps would pay for 12 draws
+        (8, 10, 15, 30),  # there are but 30
+    ],
+)
+def test_checks_take_their_share_of_the_computation_and_come_less_often_rather_than_blind(
+    gaussian, process, ranking, batch, per_task, first, draws
+):
     options = {"check_every": 5, "least": 5, "cost": 0.1}
     staged = make_curriculum(ranking, k=3, pacing="held-out", pacing_options=options)
-    plan = TrainPlan(steps=40, batch=8, network="mlp:width=8")
+    plan = TrainPlan(steps=100, batch=batch, network="mlp:width=8")
     trainer = Trainer(gaussian, process, plan, staged)
-    heldout = HeldOut(gaussian, process, staged.tasks, per_task=50)
-    for _ in range(5):
+    heldout = HeldOut(gaussian, process, staged.tasks, per_task=per_task)
+    while trainer.sampler.pacing.before is None:
         trainer.step()
         trainer.report_heldout(heldout)
-    # A tenth of five steps, each of which is worth three forward passes of 8 samples.
-    assert len(trainer.sampler.pacing.before) == 12
+    assert (trainer.done, len(trainer.sampler.pacing.before)) == (first, draws)
+
+
+@pytest.mark.parametrize("per_task", [8, 7])  # 24 draws, and 21, which two processes cannot share equally
+def test_every_process_computes_its_part_of_a_check_and_is_told_the_whole(
+    gaussian, process, ranking, per_task, monkeypatch
+):
+    torch.set_num_threads(1)
+    staged = make_curriculum(ranking, k=3, pacing="held-out", pacing_options={"check_every": 5, "cost": 1.0})
+    heldout = HeldOut(gaussian, process, staged.tasks, per_task=per_task)
+    plan = TrainPlan(steps=100, batch=8, network="mlp:width=8")
+
+    def check(rank, world, gather):
+        trainer = Trainer(gaussian, process, plan, staged, rank=rank, world=world)
+        monkeypatch.setattr(trainer.parallel, "gather", gather)
+        trainer.done = 5
+        trainer.report_heldout(heldout)
+        return trainer.sampler.pacing.before
+
+    alone = check(0, 1, lambda part: part)
+    parts = []
+    for rank in (0, 1):
+        check(rank, 2, lambda part: parts.append(part) or torch.cat([part, part]))
+    assert [len(part) for part in parts] == [(len(alone) + 1) // 2] * 2
+    assert check(0, 2, lambda part: torch.cat(parts)) == pytest.approx(alone, rel=1e-5)

@@ -104,6 +104,21 @@ def test_heldout_with_nothing_to_learn_mostly_stops_at_its_first_test():
     assert sum(first) >= 88
 
 
+@pytest.mark.parametrize("draws", [2, 5, 64])
+def test_heldout_takes_noise_for_improvement_at_its_level_however_few_the_draws(draws):
+    rng = np.random.default_rng(0)
+    taken = []
+    for _ in range(2000):
+        pacing = make_pacing("held-out", {"least": 0}, 2, 1000)
+        for _ in range(2):
+            pacing.observe_heldout(np.exp(rng.normal(size=draws)).tolist())
+        reason = pacing.due(0, 0, 100)
+        taken.append(reason is None)
+        assert reason is None or f"{draws} draws" in reason
+    # z_least = 1.64 is 5.05 %; the share of 2000 has a standard error of 0.5 %
+    assert 0.035 < np.mean(taken) < 0.067
+
+
 @pytest.mark.parametrize("rule", PACINGS)
 def test_every_rule_resumes_from_its_state(rule):
     rng = np.random.default_rng(0)

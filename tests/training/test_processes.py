@@ -58,10 +58,19 @@ def _same_trajectory(one, two):
     assert np.allclose(*losses, rtol=1e-3)
 
 
+PACINGS = {
+    "patience": {"tau": 4},
+    "held-out": {"check_every": 5, "least": 5, "cost": 0.505},  # 121 draws, which two cannot share equally
+}
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo rendezvous on the loopback")
-def test_two_processes_train_as_one_does_however_they_share_the_weights(gaussian, process, ranking, tmp_path):
+def test_two_processes_train_as_one_does_however_they_share_the_weights(
+    gaussian, process, ranking, pacing, tmp_path
+):
     torch.set_num_threads(1)
-    curriculum = make_curriculum(ranking, k=3, pacing="patience", pacing_options={"tau": 4})
+    curriculum = make_curriculum(ranking, k=3, pacing=pacing, pacing_options=PACINGS[pacing])
     curriculum.save(tmp_path / "c.json")
     train(gaussian, process, PLAN, tmp_path / "one", curriculum, cadence=CADENCE)
     _without_the_last_checkpoint(tmp_path / "one", tmp_path / "continued-one")

@@ -138,7 +138,7 @@ def test_a_gradient_of_nan_under_a_finite_loss_stops_before_the_weights_change(g
 
 def test_state_restored_into_a_new_trainer_continues_bit_identically(gaussian, process, ranking):
     for pacing in ("fraction", "patience", "held-out"):
-        options = {"patience": {"tau": 4}, "held-out": {"check_every": 5, "least": 5}}.get(pacing, {})
+        options = {"patience": {"tau": 4}, "held-out": {"check_every": 5, "least": 5, "cost": 0.1}}.get(pacing, {})
         staged = make_curriculum(ranking, k=3, pacing=pacing, pacing_options=options)
         heldout = HeldOut(gaussian, process, staged.tasks, per_task=8)
 
