@@ -151,7 +151,8 @@ class HeldOut(Pacing):
         check_every: iterations between checks.
         z_least: one-sided threshold for many draws; 1.64 is 5 %.
         least, most: iterations of a stage; most = 0 means the cap alone bounds it.
-        cap: greatest share of the budget for all stages but the last, in (0, 1].
+        cap: greatest share of the budget for all stages but the last together, in (0, 1]; a stage takes at most an
+            equal share of what those before it left, so that each has its turn.
         cost: greatest share of the computation of training that the checks take in a run of the trainer, which takes
             fewer draws for it, and rather than too few of them checks less often; in (0, 1].
     """
@@ -179,9 +180,10 @@ class HeldOut(Pacing):
         self.z, self.draws = math.inf, 0
 
     def due(self, stage: int, stage_start: int, step: int) -> str | None:
-        if step >= self.cap * self.budget:
-            return f"cap of {self.cap:.0%} of the budget reached"
         length = step - stage_start
+        left = self.cap * self.budget - stage_start
+        if length >= left / (self.stages - 1 - stage):
+            return f"equal share of what was left of the cap of {self.cap:.0%} of the budget used"
         if self.most and length >= self.most:
             return f"longest stage of {self.most} iterations reached"
         threshold = float(stdtrit(max(self.draws - 1, 1), ndtr(self.z_least)))

@@ -125,6 +125,7 @@ def train(
     trainer = Trainer(
         data, process, plan, curriculum, device=device, text=text, rank=rank, world=world, parallel=parallel
     )
+    trainer.sampler.warn = silent if rank else lambda said: tell(f"warning: {said}")
     tasks = tasks_of(curriculum, process)
     heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
     run, state = _open_together(trainer, out, cadence, resume, tell)

@@ -11,9 +11,10 @@ One cluster of all tasks and no curriculum at all go through the same arithmetic
 __all__ = ["StageRecord", "TimestepSampler", "coverage_rows", "stage_rows"]
 
 import bisect
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -108,6 +109,7 @@ class TimestepSampler:
         self.counts = np.zeros(self.T + 1, dtype=np.int64)
         self._last = -1, self.counts
         self._unheard, self._warned = 0, False
+        self.warn: Callable[[str], None] = functools.partial(warnings.warn, stacklevel=3)  # a run puts its own here
         self._enter(0, 0)
 
     @property
@@ -163,7 +165,7 @@ class TimestepSampler:
         else:
             return
         self._warned = True
-        warnings.warn(said, stacklevel=3)
+        self.warn(said)
 
     def take_back(self, step: int) -> None:
         """Do not count the draws of an iteration that came to nothing and will be drawn again."""
@@ -174,12 +176,19 @@ class TimestepSampler:
 
     def advance(self, step: int) -> None:
         """Go to the stage and the base density of iteration ``step``; ``sample`` does this by itself."""
+        empty = []
         while self.stage < self.stages - 1:
             reason = self.pacing.due(self.stage, self.stage_start, step)
             if reason is None:
                 break
+            if self.stage_start == step:
+                empty.append(self.stage + 1)
             self._leave(step, reason)
             self._enter(self.stage + 1, step)
+        if empty:
+            which = f"stage {empty[0]}" if len(empty) == 1 else f"stages {empty[0]} to {empty[-1]}"
+            advice = "make fewer clusters or give the pacing more of the budget"
+            self.warn(f"{which} of {self.stages} had no iterations; {advice}")
         phase = self._phase(step)
         if phase != self.phase:
             self._leave(step, f"base density {phase + 1} of {len(self.bases)} takes over")
@@ -234,6 +243,7 @@ class TimestepSampler:
     def finish(self, step: int) -> None:
         """Close the log at the end of a run of ``step`` iterations."""
         self._leave(step, "end of the budget")
+        self._warn_if_stuck(step)
 
     def log(self) -> list[StageRecord]:
         """All stages so far; the current one has the counts so far."""

@@ -292,6 +292,18 @@ def test_task_that_was_never_trained_is_said(gaussian, process, staged, tmp_path
     assert all("so choose a wider density" in sentence for sentence in told)
 
 
+def test_stages_that_never_had_an_iteration_are_said(gaussian, process, ranking, staged, tmp_path, recwarn):
+    told: list[str] = []
+    plan = TrainPlan(steps=20, batch=8, network="mlp:width=8,depth=2")
+    brief = make_curriculum(ranking, method="uniform", k=8)
+    train(gaussian, process, plan, tmp_path / "brief", brief, cadence=CADENCE, tell=told.append)
+    assert sum("had no iterations" in sentence for sentence in told) == 3
+    waiting = staged.with_clusters(staged.clusters, pacing={"rule": "patience", "options": {"tau": 1000}})
+    train(gaussian, process, plan, tmp_path / "waiting", waiting, cadence=CADENCE, tell=told.append)
+    assert any("budget of 20 iterations is spent in stage 1 of 3" in sentence for sentence in told)
+    assert not recwarn.list
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_anew(gaussian, process, tmp_path):
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
     for path in (tmp_path / "run" / "checkpoints").iterdir():

@@ -65,6 +65,18 @@ def test_a_budget_that_ends_in_an_early_stage_is_told(process, curriculum):
         sampler.sample(4, step=20)
 
 
+def test_stages_without_iterations_are_told_once_each(process, ranking, recwarn):
+    brief = make_curriculum(ranking, method="uniform", k=8)  # two iterations for seven stages
+    sampler = TimestepSampler(process, brief, budget=20)
+    for step in range(20):
+        sampler.sample(4, step=step)
+    told = [str(warning.message).partition(";")[0] for warning in recwarn.list]
+    assert told == ["stage 1 of 8 had no iterations", "stages 3 to 5 of 8 had no iterations",
+                    "stage 7 of 8 had no iterations"]  # fmt: skip
+    empty = {record.stage + 1 for record in sampler.log() if record.end == record.start}
+    assert empty == {1, 3, 4, 5, 7}
+
+
 def test_stage_draws_nothing_outside_its_tasks_and_the_last_stage_draws_everything(process, curriculum):
     sampler = TimestepSampler(process, curriculum, budget=1000, seed=0)
     first = sampler.sample(2000, step=0)[0].numpy()
