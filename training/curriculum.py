@@ -165,7 +165,7 @@ class Curriculum(_Record):
 
         Raises:
             InputError: if T, the direction of t, the noise levels, a boundary of a task in u, sigma or log-SNR, or the
-                density's masses differ.
+                density's masses differ, or a density is zero on a whole stage.
         """
         process.check_fingerprint(self.process, source)
         for task in self.tasks:
@@ -185,6 +185,16 @@ class Curriculum(_Record):
                         f"{source}: density.task_mass is not that of density {field.name!r}; "
                         "name the density 'table' to use the masses as they stand"
                     )
+        for _, base in self.base_densities(process):
+            self.refuse_empty_stages(base, source)
+
+    def refuse_empty_stages(self, base: Array, source: str = "the curriculum") -> None:
+        """Raise InputError if a base density p[t], shape (T+1,), is zero on a whole stage."""
+        mass = task_masses(base, self.tasks)
+        for number, tasks in enumerate(self.stages(), 1):
+            if not mass[tasks].sum() > 0:
+                where = f"on all of stage {number} (tasks {tasks})"
+                raise InputError(f"{source}: the base density is zero {where}; it would train nothing")
 
     def base_densities(self, process: Process) -> list[tuple[float, Array]]:
         """Share of the budget from which each base density holds, the first being 0, and p[t] of shape (T+1,)."""

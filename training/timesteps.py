@@ -66,7 +66,8 @@ class TimestepSampler:
         reweight: return weights that undo the base density, (1/T)/p[t], instead of ones.
 
     Raises:
-        InputError: if the curriculum was made for another process, the budget is below 1, or the seed negative.
+        InputError: if the curriculum was made for another process, the density is zero on a whole stage, the budget is
+            below 1, or the seed negative.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class TimestepSampler:
         for table in self.bases:
             if table.shape != (self.T + 1,) or table[0] != 0:
                 raise InputError(f"a density of t needs shape ({self.T + 1},) with 0 first, got {table.shape}")
+            if curriculum is not None:
+                curriculum.refuse_empty_stages(table)
         stages = curriculum.stages() if curriculum else [[0]]
         self.stage_masks = [self._mask(tasks) for tasks in stages]
         self.pacing: Pacing = (
@@ -304,8 +307,6 @@ class TimestepSampler:
         for index in tasks:
             task = self.curriculum.tasks[index]
             mask[task.t_first : task.t_last + 1] = True
-        if not all(base[mask].sum() > 0 for base in self.bases):
-            raise InputError(f"the base density is zero on a whole stage (tasks {list(tasks)}); it would train nothing")
         return mask
 
     @property

@@ -211,6 +211,15 @@ def test_edited_masses_of_a_named_density_are_refused(curriculum, process):
         edited.validate_for(process)
 
 
+@pytest.mark.parametrize("field", ["density", "density_phases"])
+def test_density_that_is_zero_on_a_whole_stage_is_refused(curriculum, process, field):
+    table = {"name": "table", "task_mass": [0.2] * 5 + [0.0] * 3}  # nothing for tasks 5, 6, 7, the first cluster
+    value = table if field == "density" else [{"start": 0.5, "density": table}]
+    edited = Curriculum.model_validate(_changed(curriculum, _set(field, value)))
+    with pytest.raises(InputError, match=r"zero on all of stage 1 \(tasks \[5, 6, 7\]\)"):
+        edited.validate_for(process)
+
+
 def test_measured_density_draws_hard_tasks_more_often_and_is_a_table_for_other_readers(ranking, process):
     measured = make_curriculum(ranking, k=3, base_density="measured:power=1,uniform_share=0.5")
     assert measured.density.name == "table"
