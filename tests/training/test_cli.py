@@ -8,6 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from difficulty.process import get_process
+from difficulty.process_file import write_process
+from difficulty.ranking import RankingTask
+from difficulty.tasks import make_tasks
 from training.cli import SUBCOMMANDS, main
 from training.curriculum import Curriculum
 
@@ -62,6 +66,29 @@ def test_a_run_of_a_process_from_a_file_needs_the_file_no_more_and_other_data_ar
     (out / "process.csv").write_text("t,alpha\n1,0.5\n")
     code, _, errors = call("sample", out, "--count", "5", "--steps", "5")
     assert (code, "process.csv" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("command", [("cluster", "-k", "2"), ("recipe",)])
+def test_a_ranking_of_a_process_from_a_file_becomes_a_curriculum(call, ranking, tmp_path, command):
+    u = np.linspace(0.02, 0.98, 80)
+    file, folder = tmp_path / "mine.npz", tmp_path / "measured"
+    np.savez(file, alpha=1 - u, sigma=u)
+    process = get_process(str(file))
+    tasks = [RankingTask.of(task, process) for task in make_tasks(process, 8)]
+    folder.mkdir()
+    ranking.model_copy(update={"process": process.fingerprint, "tasks": tasks}).save(folder / "ranking.json")
+    written = tmp_path / "written.json"
+    code, _, errors = call(*command, folder, "--output", written)
+    assert (code, "give the process itself" in errors, written.exists()) == (2, True, False)
+    assert call(*command, folder, "--output", written, "--process", file)[0] == 0
+    code, _, errors = call(*command, folder, "--output", tmp_path / "other.json", "--process", "vp-linear:T=80")
+    assert (code, "noise levels differ" in errors, (tmp_path / "other.json").exists()) == (2, True, False)
+    write_process(folder, process)
+    for given in (folder, folder / "ranking.json"):
+        assert call(*command, given, "--output", tmp_path / "again.json")[0] == 0
+        again = Curriculum.load(tmp_path / "again.json")
+        again.validate_for(process)  # process.csv holds ten digits of the scales
+        assert again.clusters == Curriculum.load(written).clusters
 
 
 def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ranking, tmp_path):

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
 from difficulty.ranking import Ranking
-from training.commands.arguments import Text, chosen_process
+from training.commands.arguments import Text, chosen_process, ranked_process
 from training.compare import compare as compare_arms
-from training.curriculum import Curriculum, known_process
+from training.curriculum import Curriculum
 from training.plots import draw_folder
 from training.report import percent, write_report
 
@@ -69,8 +69,8 @@ def compare(
     dataset = load_dataset(data)
     ranked = Ranking.load(ranking) if ranking else None
     chosen = Curriculum.load(curriculum) if curriculum else None
-    if process is None and chosen is None and ranked is not None:
-        forward = known_process(ranked.process, str(ranking))
+    if chosen is None and ranking and ranked:
+        forward = ranked_process(process, ranked, ranking)
     else:
         forward = chosen_process(process, chosen, str(curriculum))
     bar = tqdm(desc="comparing", mininterval=0.5, file=sys.stderr, disable=json or None)

@@ -13,7 +13,7 @@ from difficulty.errors import InputError
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
 from difficulty.records import read_table
-from training.commands.arguments import File
+from training.commands.arguments import File, ranked_process
 from training.curriculum import Curriculum, known_process
 from training.curriculum_builders import exposure_matched, make_curriculum
 from training.curriculum_builders import first_then_all as with_first_apart
@@ -33,6 +33,7 @@ def cluster(
     pacing: str = "fraction",
     pacing_options: tuple[str, ...] = (),
     density: str = "uniform",
+    process: str | None = None,
     json: bool = False,
 ) -> None:
     """Group the tasks of a ranking into clusters and write a curriculum.
@@ -54,6 +55,7 @@ def cluster(
         pacing_options: Options of the rule as name=value, such as share=0.2 or tau=200.
         density: Base density of t: uniform, log-snr, log-normal:mean=-1.2,std=1.2, logit-normal, cosine-map, or
             measured:power=1,uniform_share=0.5, partly proportional to the measure.
+        process: Process of the ranking, by name or your own; default: that of the results folder.
         json: Print the curriculum as JSON.
     """
     ranking = Ranking.load(folder)
@@ -68,6 +70,7 @@ def cluster(
         pacing=pacing,
         pacing_options=_options(pacing_options),
         base_density=density,
+        process=ranked_process(process, ranking, folder),
     )
     if first_then_all:
         curriculum = with_first_apart(curriculum)
@@ -80,7 +83,9 @@ def cluster(
     _describe(curriculum)
 
 
-def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.json")) -> None:
+def recipe(
+    folder: File, design: str = CHOSEN, output: Path = Path("measured.json"), process: str | None = None
+) -> None:
     """Write the recipe `measured` for a ranking as a curriculum: a density of t that changes over the run.
 
     Example: training recipe results/quickstart-digits/measurement --design ordered --output measured.json
@@ -89,9 +94,10 @@ def recipe(folder: File, design: str = CHOSEN, output: Path = Path("measured.jso
         folder: Results folder with ranking.json, or that file; tasks of equal width in log-SNR serve best.
         design: root-long, ordered, half, root, mild, annealed, guarded or log-snr; see training/recipe.py.
         output: File to write.
+        process: Process of the ranking, by name or your own; default: that of the results folder.
     """
     ranking = Ranking.load(folder)
-    curriculum = measured_recipe(ranking, known_process(ranking.process, str(folder)), design)
+    curriculum = measured_recipe(ranking, ranked_process(process, ranking, folder), design)
     curriculum.save(output)
     print(f"{output}: recipe {design} from {MEASURE}, {len(curriculum.density_phases) + 1} densities of t")
 
