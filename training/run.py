@@ -283,6 +283,8 @@ def _write_tables(trainer: Trainer, out: Path, log: dict[str, list[list[float]]]
 def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]]:
     """The denoiser of a run with its averaged weights, from the last whole checkpoint, and the run's settings.
 
+    Beside the settings stands ``step``, that of the checkpoint.
+
     Args:
         folder: of the run.
         tell: called with a sentence for every damaged checkpoint that was passed over.
@@ -313,4 +315,4 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
         process = known_process(config["process"], f"the run in {folder}")
     else:
         process = read_process(folder, config["process"])
-    return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config
+    return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config | {"step": state["step"]}

@@ -107,9 +107,13 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     code, text, _ = call("sample", out, "--count", "10", "--method", "heun", "--steps", "10")
     assert code == 0
     assert np.load(out / "samples.npz")["data"].shape == (10, 4)
-    code, text, _ = call("evaluate", out, DATA, "--samples", "100", "--json")
+    code, text, _ = call("evaluate", out, DATA, "--samples", "100", "--seed", "3", "--device", "cpu", "--json")
     assert code == 0
     report = json.loads(text)
+    assert json.loads((out / "evaluation.json").read_text()) == report
+    assert report["sampling"] == {"method": "ddim", "steps": 50, "guidance": 1.0, "seed": 3, "device": "cpu"}
+    assert (report["step"], report["samples"]) == (40, 100)
+    assert report["command"].startswith(f"training evaluate {out} ")
     assert set(report["metrics"]) == {"fd-pca", "kid-pca", "sw-pixels", "precision-pca", "recall-pca"}
     for metric in report["metrics"].values():
         assert metric["ci_low"] <= metric["value"] <= metric["ci_high"]

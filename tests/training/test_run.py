@@ -241,7 +241,7 @@ def test_restored_denoiser_holds_the_averaged_weights(gaussian, process, tmp_pat
     assert all(torch.equal(saved[name], value) for name, value in denoiser.network.state_dict().items())
     x, t = torch.randn(5, 4), torch.randint(1, 81, (5,))
     assert torch.equal(denoiser.eps(x, t), trainer.ema.eps(x, t))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"] == config
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"] | {"step": 60} == config
 
 
 def test_folder_without_a_checkpoint_cannot_be_restored(tmp_path):

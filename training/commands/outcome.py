@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from difficulty.commandline import given_command
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.records import write_bytes, write_json, write_table
@@ -22,7 +23,7 @@ from training.latents import autoencoder_of, latent_dataset
 from training.metrics import SampleJudge, check_enough
 from training.plots import draw_folder, save_grid
 from training.run import restore
-from training.sampling import draw_samples
+from training.sampling import STEPS, draw_samples
 
 
 def sample(
@@ -101,6 +102,7 @@ def evaluate(
     text_encoder: str | None = None,
     vae: str | None = None,
     seed: int = 0,
+    device: str = "auto",
     json: bool = False,
 ) -> None:
     """Held-out nats per task and distances of samples from the data, of a run's averaged weights.
@@ -120,12 +122,16 @@ def evaluate(
         text_encoder: Where the run's text encoder is now, if it was moved.
         vae: Where the run's autoencoder is now, if it was moved.
         seed: Of the noise.
+        device: cpu, cuda, or auto.
         json: Print as JSON what evaluation.json in the folder then holds in any case.
     """
     check_enough("samples", samples)
     denoiser, config = restore(folder, warn)
+    where = chosen_device(device)
+    denoiser.to(where)
+    steps = min(STEPS, denoiser.process.T) if steps is None else steps
     pictures = dataset = load_dataset(data)
-    autoencoder = autoencoder_of(config["latents"], vae) if config["latents"] else None
+    autoencoder = autoencoder_of(config["latents"], vae, where) if config["latents"] else None
     if autoencoder:
         dataset = latent_dataset(pictures, autoencoder, config["latents"]["posterior"])
     if list(dataset.shape) != config["shape"]:
@@ -139,15 +145,17 @@ def evaluate(
     measured = heldout.evaluate(denoiser)
     judge = SampleJudge(pictures.train, metrics, pictures.value_range)
 
+    settings: dict[str, Any] = {"method": method, "steps": steps, "guidance": guidance, "seed": seed}
+
     def draw(**asked: Any) -> torch.Tensor:
-        drawn = draw_samples(
-            denoiser, shape=dataset.shape, seed=seed, method=method, steps=steps, guidance=guidance, **asked
-        )
+        drawn = draw_samples(denoiser, shape=dataset.shape, device=where, **settings, **asked)
         return autoencoder.decode(drawn) if autoencoder else drawn
 
     drawn, obeyed = obedience(told, pictures, samples, draw)
     found = judge.evaluate(drawn)
     report: dict[str, Any] = {
+        "command": given_command(),
+        "step": config["step"],
         "data": dataset.fingerprint,
         "nats": measured.nats,
         "nats_se": heldout.nats_error(measured),
@@ -155,6 +163,7 @@ def evaluate(
         "nats_per_task": measured.nats_per_task.tolist(),
         "tasks": [[task.t_first, task.t_last] for task in tasks],
         "samples": samples,
+        "sampling": settings | {"device": where},
         "metrics": {name: asdict(metric) for name, metric in found.items()},
     }
     if obeyed is not None:
