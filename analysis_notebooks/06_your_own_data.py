@@ -97,9 +97,9 @@ for ax, points, title in zip(axes, (data.heldout, samples), ("held-out data", "s
     ax.set_aspect("equal")
 
 # %% [markdown]
-# How near are they? Every metric with its interval, beside what two halves of the data show, which is as near as one
-# can get. The first two cannot tell these samples from data, precision can: a metric that shows no difference may be
-# blind.
+# How near are they? Every metric with its interval, beside what as many data in their place show, which is as near as
+# one can get. The first two cannot tell these samples from data, precision can: a metric that shows no difference may
+# be blind.
 
 # %%
 import pandas as pd
@@ -107,7 +107,7 @@ import pandas as pd
 from training.metrics import SampleJudge
 
 judged = SampleJudge(data.train, ("fd-pixels", "kid-pixels", "sw-pixels", "precision-pixels", "recall-pixels"))
-columns = ["value", "ci_low", "ci_high", "split_half", "better"]
+columns = ["value", "ci_low", "ci_high", "of_data", "better"]
 pd.DataFrame({name: vars(value) for name, value in judged.evaluate(samples).items()}).T[columns]
 
 # %% [markdown]

@@ -7,7 +7,7 @@
     recall     share of the data near the samples: what exists is drawn
 
 Formulas stand in `difficulty/distances.py`, features in `features.py`. What a finite sample does to a metric is stated
-by ``split_half``: the same metric between two halves of the data, which is what a perfect sampler would show.
+by ``of_data``: the same metric of as many data in place of the samples, which is what a perfect sampler would show.
 
 Intervals come from a grouped jackknife over samples and data: with theta_g the metric without the g-th of G groups,
 se^2 = (G - 1)/G sum_g (theta_g - mean theta)^2, one term for the samples and one for the data (Efron & Tibshirani 1993,
@@ -36,6 +36,7 @@ from training.streams import BOOTSTRAP
 
 GROUPS = 20
 LEAST = 2 * GROUPS  # samples; every group then leaves enough for three neighbours
+DRAWS = 5  # of data in place of the samples
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ METRICS: Mapping[str, tuple[Distance, str]] = {
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A metric of samples with its standard error, its interval, and its value between two halves of the data."""
+    """A metric of samples with its standard error, its interval, and its value with data in place of the samples."""
 
     value: float
     se: float
     ci_low: float
     ci_high: float
-    split_half: float
+    of_data: float
     better: str
 
 
@@ -132,27 +133,31 @@ class SampleJudge:
             for name, (distance, features) in self.metrics.items()
         }
 
-    def split_half(self) -> dict[str, float]:
-        """Every metric between two halves of the data: what a perfect sampler of that size would show."""
+    def of_data(self, count: int) -> dict[str, float]:
+        """Every metric of ``count`` of the data, at most half of them, against the others, a mean over ``DRAWS`` draws.
+
+        What a perfect sampler would show at this number of samples: the bias falls with it.
+        """
         result = {}
         for name, (distance, features) in self.metrics.items():
             reference = self.reference[features]
-            order = stream(1, BOOTSTRAP, 0, 0).permutation(len(reference))
-            half = len(order) // 2
-            result[name] = distance.compute(reference[order[:half]], reference[order[half:]])
+            count = min(count, len(reference) // 2)
+            orders = [stream(1, BOOTSTRAP, draw, 0).permutation(len(reference)) for draw in range(DRAWS)]
+            found = [distance.compute(reference[order[:count]], reference[order[count:]]) for order in orders]
+            result[name] = float(np.mean(found))
         return result
 
     def evaluate(self, samples: Tensor, level: float = LEVEL) -> dict[str, MetricValue]:
         """Every metric of samples (n, *), n >= 40, with its interval; about 40 times the work of the call."""
         check_enough("samples", len(samples))
         found = {name: extract(samples) for name, extract in self.features.items()}
-        halves, result = self.split_half(), {}
+        of_data, result = self.of_data(len(samples)), {}
         for name, (distance, features) in self.metrics.items():
             a, b = found[features], self.reference[features]
             value, se = distance.compute(a, b), _jackknife_error(distance.compute, a, b)
             reach = float(stats.t.ppf(0.5 + level / 2, GROUPS - 1)) * se
             low, high = (float(np.clip(end, *distance.bounds)) for end in (value - reach, value + reach))
-            result[name] = MetricValue(value, se, low, high, halves[name], distance.better)
+            result[name] = MetricValue(value, se, low, high, of_data[name], distance.better)
         return result
 
 

@@ -117,7 +117,7 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     assert set(report["metrics"]) == {"fd-pca", "kid-pca", "sw-pixels", "precision-pca", "recall-pca"}
     for metric in report["metrics"].values():
         assert metric["ci_low"] <= metric["value"] <= metric["ci_high"]
-        assert metric["split_half"] is not None
+        assert metric["of_data"] is not None
     assert 0 < report["nats_se"] < report["nats"]
     assert call("plot", out)[0] == 0
 

@@ -113,7 +113,7 @@ def evaluate(
         folder: Folder of `training run`.
         data: The data set that the run was trained on; another one of the same shape is said to be another.
         metrics: Of the samples: fd, kid, sw, precision or recall on pixels, pca, digits-cnn or inception, as in
-            fd-pca. Each with its interval and its value between two halves of the data.
+            fd-pca. Each with its interval and its value with as many of the data in place of the samples.
         samples: Samples that are judged.
         method: Sampler: ddim, euler, heun, edm-heun, ancestral or dpm-solver++.
         steps: Steps of the sampler; by default 50, or T where that is less.
@@ -178,7 +178,7 @@ def evaluate(
     for name, metric in found.items():
         print(
             f"  {name:20} {metric.value:.4f} [{metric.ci_low:.4f}, {metric.ci_high:.4f}], {metric.better} is better; "
-            f"between two halves of the data {metric.split_half:.4f}"
+            f"of as many data in their place {metric.of_data:.4f}"
         )
     if obeyed is not None:
         print("\n".join(f"  {line}" for line in sentences(obeyed)))
