@@ -11,7 +11,8 @@ with (a, b) of the prediction (`difficulty/prediction.py`), so one formula per p
     min-snr          min(SNR, gamma)            Hang et al. 2023, arXiv 2303.09556, eq. 8; gamma = 5
     soft-min-snr     SNR gamma / (SNR + gamma)  Crowson et al. 2024, arXiv 2401.11605
     p2               SNR / (k + SNR)^gamma      Choi et al. 2022, arXiv 2204.00227, eq. 8; k = 1, gamma = 1
-    edm              SNR + 1/sd^2               Karras et al. 2022, table 1, lambda(sigma); sd = 0.5
+    edm              SNR + 1/sd^2               Karras et al. 2022, table 1, lambda(sigma); sd = 0.5,
+                                                or the sigma_data of the prediction
 
 ``constant`` is no function of log-SNR alone: it puts weight one on the network's own output, the plain loss. A factor
 per noise level that is learned beside the network is in `uncertainty.py`.
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from difficulty.errors import InputError, choose
-from difficulty.prediction import coefficients
+from difficulty.prediction import EDM_SIGMA_DATA, coefficients, sigma_data_of
 from difficulty.process import Array, Process
 from difficulty.specs import parse_spec
 
@@ -64,7 +65,7 @@ def _p2(snr: Array, k: float = 1.0, gamma: float = 1.0) -> Array:
     return snr / (k + snr) ** gamma
 
 
-def _edm(snr: Array, sd: float = 0.5) -> Array:
+def _edm(snr: Array, sd: float = EDM_SIGMA_DATA) -> Array:
     return snr + 1 / sd**2
 
 
@@ -107,8 +108,11 @@ def loss_weights(spec: str, process: Process, prediction: str) -> Array:
             raise InputError(f"option {option!r} of loss weight {name!r} must be a positive number, got {value!r}")
     alpha = np.maximum(process.alpha[1:], process.sigma[1:] * LEAST_RATIO)
     sigma = np.maximum(process.sigma[1:], process.alpha[1:] * LEAST_RATIO)
+    factor = x0_loss_factor(prediction, alpha, sigma)
+    if formula is _edm:  # one on the output only with the standard deviation that the output is scaled by
+        options = {"sd": sigma_data_of(prediction), **options}
     try:
-        weight = formula((alpha / sigma) ** 2, **options) * x0_loss_factor(prediction, alpha, sigma)
+        weight = formula((alpha / sigma) ** 2, **options) * factor
     except TypeError:
         import inspect
 

@@ -29,6 +29,11 @@ def test_edm_weight_is_that_of_its_table_on_x0_and_one_on_the_raw_network():
     assert np.allclose(loss_weights("edm", EDM, "x0")[1:], expected, rtol=1e-10)
     # lambda is chosen as 1/c_out^2, so that the weight on F is 1 everywhere
     assert np.allclose(loss_weights("edm", EDM, "edm")[1:], 1, rtol=1e-9)
+    for prediction in ("edm:sigma_data=1", "edm:sigma_data=0.3"):
+        assert np.allclose(loss_weights("edm", EDM, prediction)[1:], 1, rtol=1e-9)
+    # An option of its own is kept.
+    other = (SIGMA**2 + 4) / (SIGMA * 2) ** 2
+    assert np.allclose(loss_weights("edm:sd=2", EDM, "x0")[1:], other, rtol=1e-10)
 
 
 def test_soft_min_snr_joins_the_two_branches_of_min_snr():
