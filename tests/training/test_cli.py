@@ -125,9 +125,17 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
 def test_the_static_copy_of_a_run_draws_its_histogram_and_first_then_all_has_two_stages(call, ranking, tmp_path):
     ranking.save(tmp_path / "ranking.json")
     curriculum, copy, out = tmp_path / "c.json", tmp_path / "static.json", tmp_path / "run"
-    assert call("cluster", tmp_path, "-k", "3", "--first-then-all", "-o", curriculum)[0] == 0
+    code, _, errors = call("cluster", tmp_path, "--first-then-all", "--no-accumulate", "-o", curriculum)
+    assert (code, "leave out --no-accumulate" in errors, curriculum.exists()) == (2, True, False)
+    code, text, _ = call("cluster", tmp_path, "-k", "3", "--first-then-all", "-o", curriculum)
+    assert (code, "2 clusters, the first of 3 and all others together" in text) == (0, True)
     assert len(Curriculum.load(curriculum).stages()) == 2
     assert call("run", DATA, "--curriculum", curriculum, "--out", out, "--steps", "40", *SMALL)[0] == 0
+    finished = (out / "run.json").read_text()
+    (out / "run.json").write_text(finished.replace('"finished"', '"running"'))
+    code, _, errors = call("static", out, "-o", copy)
+    assert (code, "is incomplete (status 'running')" in errors, copy.exists()) == (2, True, False)
+    (out / "run.json").write_text(finished)
     assert call("static", out, "-o", copy)[0] == 0
     assert call("run", DATA, "--curriculum", copy, "--out", tmp_path / "copy", "--steps", "40", *SMALL)[0] == 0
     first, second = (pd.read_csv(path / "coverage.csv") for path in (out, tmp_path / "copy"))

@@ -12,7 +12,7 @@ import tyro
 from difficulty.errors import InputError
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
-from difficulty.records import read_table
+from difficulty.records import read_run, read_table
 from training.commands.arguments import File, ranked_process
 from training.curriculum import Curriculum, known_process
 from training.curriculum_builders import exposure_matched, make_curriculum
@@ -58,6 +58,8 @@ def cluster(
         process: Process of the ranking, by name or your own; default: that of the results folder.
         json: Print the curriculum as JSON.
     """
+    if first_then_all and not accumulate:
+        raise InputError("--first-then-all goes on with everything, the first cluster too; leave out --no-accumulate")
     ranking = Ranking.load(folder)
     curriculum = make_curriculum(
         ranking,
@@ -78,8 +80,10 @@ def cluster(
     if json:
         print(jsonlib.dumps(curriculum.model_dump()))
         return
-    then = ", the first of them, then all" if first_then_all else ""
-    print(f"{output}: {k} clusters by {method} of {curriculum.provenance['measure']}, {order}{then}")
+    found = f"{len(curriculum.clusters)} clusters"
+    if first_then_all:
+        found += f", the first of {k} and all others together,"
+    print(f"{output}: {found} by {method} of {curriculum.provenance['measure']}, {order}")
     _describe(curriculum)
 
 
@@ -111,6 +115,7 @@ def static(run: File, output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = P
         run: Folder of a finished `training run` with a curriculum.
         output: File to write.
     """
+    read_run(run, "train")
     curriculum = Curriculum.load(run / "curriculum.json")
     table = read_table(run / "coverage.csv", ("t", "expected"))
     if list(table["t"]) != list(range(1, curriculum.tasks[-1].t_last + 1)):
