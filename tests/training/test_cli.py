@@ -91,6 +91,11 @@ def test_a_ranking_of_a_process_from_a_file_becomes_a_curriculum(call, ranking, 
         assert again.clusters == Curriculum.load(written).clusters
 
 
+def test_a_name_that_samples_cannot_have_is_refused_before_anything_is_read(call, tmp_path):
+    code, _, errors = call("sample", tmp_path / "nothing", "-o", tmp_path / "x.txt")
+    assert (code, "should end in .npz" in errors) == (2, True)
+
+
 def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ranking, tmp_path):
     ranking.save(tmp_path / "ranking.json")
     curriculum, out = tmp_path / "c.json", tmp_path / "run"

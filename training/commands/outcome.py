@@ -65,6 +65,9 @@ def sample(
 
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
+    target = output or folder / "samples.npz"
+    if target.suffix != ".npz":
+        raise InputError(f"{target} should end in .npz")
     denoiser, config = restore(folder, warn)
     where = chosen_device(device)
     drawn = draw_samples(
@@ -80,9 +83,6 @@ def sample(
     )
     if config["latents"]:
         drawn = autoencoder_of(config["latents"], vae, where).decode(drawn)
-    target = output or folder / "samples.npz"
-    if target.suffix != ".npz":
-        raise InputError(f"{target} should end in .npz")
     buffer = io.BytesIO()
     np.savez(buffer, data=drawn.numpy())
     write_bytes(target, buffer.getvalue())
