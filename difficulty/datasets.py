@@ -95,6 +95,32 @@ class Dataset:
         return self.labels if self.large is None else self.large.labels
 
     @property
+    def classes(self) -> int:
+        """Number of classes C, the labels being 0..C-1.
+
+        Raises:
+            InputError: if there are no labels, or not every class has a sample to train on.
+        """
+        trained = self.trained_labels
+        if trained is None or self.heldout_labels is None:
+            raise InputError(f"data set {self.name!r} has no labels, which say of which class a sample is")
+        known, every = trained.unique(), torch.cat([trained, self.heldout_labels]).unique()
+        untrained = every[~torch.isin(every, known)].tolist()
+        if untrained:
+            raise InputError(
+                f"class {untrained[0]} of data set {self.name!r} has held-out samples alone and cannot be learned; "
+                "give more samples of it or leave it out"
+            )
+        low, high, count = int(every[0]), int(every[-1]), len(every)
+        # An embedding has a row per label up to the greatest, so a gap would be a class that nothing ever trains.
+        if (low, high) != (0, count - 1):
+            raise InputError(
+                f"data set {self.name!r} has {count} classes labelled {low} to {high} instead of 0 to {count - 1}; "
+                "renumber them, as np.unique(labels, return_inverse=True)[1] does"
+            )
+        return count
+
+    @property
     def trained_captions(self) -> tuple[str, ...] | None:
         """Caption of each sample to train on, in memory or not."""
         return self.captions if self.large is None else self.large.captions
@@ -136,7 +162,8 @@ def split_samples(name: str, samples: npt.NDArray[Any], **facts: Any) -> Dataset
         facts: further fields of ``Dataset``; ``labels`` and ``captions`` are split along.
 
     Raises:
-        InputError: if the array is not numeric, has another rank, too few samples, or NaN or infinity.
+        InputError: if the array is not numeric, has another rank, too few samples, or NaN or infinity, or the labels
+            are no whole numbers.
     """
     samples = check_samples(name, samples)
     # Rows are put in an order of their own before they are dealt, so that a shuffled file gives the same split.
@@ -146,6 +173,8 @@ def split_samples(name: str, samples: npt.NDArray[Any], **facts: Any) -> Dataset
     held = max(round(HELDOUT_SHARE * len(samples)), 1)
     train, heldout = order[held:], order[:held]
     labels, captions = facts.pop("labels", None), facts.pop("captions", None)
+    if labels is not None and np.asarray(labels).dtype.kind not in "biu":
+        raise InputError(f"{name} has labels of type {np.asarray(labels).dtype}; they must be whole numbers")
     tensor = torch.from_numpy(samples)
     return Dataset(
         name,

@@ -267,7 +267,7 @@ class Table:
         # Undecoded, so that a picture is read as everywhere else; other columns are not touched.
         self.table = table.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
         known = table.features
-        self.labels = np.asarray(table["label"], dtype=np.int64) if "label" in known else None
+        self.labels = _whole(np.asarray(table["label"]), f"hf:{name}") if "label" in known else None
         self.captions = [str(text) for text in table["text"]] if "text" in known else None
         self.fingerprint = str(table._fingerprint)
 
@@ -366,6 +366,13 @@ def _decoded(content: bytes, kind: str, name: str) -> Pixels:
         raise InputError(f"{name} cannot be read as an image ({error}); mend or remove it") from None
     scaled = pixels.astype(np.float32) / 127.5 - 1.0
     return scaled[None] if scaled.ndim == 2 else np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def _whole(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:
+    """Labels as int64, or an InputError that says what they are instead."""
+    if labels.dtype.kind not in "biu":
+        raise InputError(f"{name} has labels of type {labels.dtype}; they must be whole numbers, one per sample")
+    return labels.astype(np.int64)
 
 
 def _hash(text: str) -> str:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difficulty.datasets import Dataset
-from difficulty.errors import InputError
 from difficulty.randomness import stream, torch_generator
 from difficulty.records import fingerprint_array
 from training.cache import cached_tensors
@@ -74,29 +73,30 @@ def trained_classifier(data: Dataset) -> Classifier:
     """The classifier of a labelled data set, from the cache or trained and cached.
 
     Raises:
-        InputError: if the data have no labels, or the cache folder cannot be written.
+        InputError: if the data have no labels, they are not 0..C-1, or the cache folder cannot be written.
     """
-    if data.labels is None:
-        raise InputError(f"data set {data.name!r} has no labels; nothing can say of which class a sample is")
-    labels = data.labels
+    classes, labels = data.classes, data.labels
+    assert labels is not None
     facts = {
         "version": VERSION,
         "samples": fingerprint_array(data.train.numpy()),
         "labels": fingerprint_array(labels.numpy()),
+        "classes": classes,  # samples in memory may be of fewer
     }
-    classifier = Classifier(data.shape, int(labels.max()) + 1)
-    classifier.load_state_dict(cached_tensors("classifier", facts, lambda: _train(data.train, labels).state_dict()))
+    classifier = Classifier(data.shape, classes)
+    trained = cached_tensors("classifier", facts, lambda: _train(data.train, labels, classes).state_dict())
+    classifier.load_state_dict(trained)
     return classifier.eval()
 
 
-def _train(samples: Tensor, labels: Tensor) -> Classifier:
+def _train(samples: Tensor, labels: Tensor, classes: int) -> Classifier:
     threads = torch.get_num_threads()
     # Sums are split over threads, and the last bit of every weight with them.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_generator(0).initial_seed())
-            classifier = Classifier(tuple(samples.shape[1:]), int(labels.max()) + 1)
+            classifier = Classifier(tuple(samples.shape[1:]), classes)
         classifier.mean.copy_(samples.mean())
         classifier.scale.copy_(samples.std().clamp(min=1e-12))
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)

@@ -243,16 +243,15 @@ class Classes(Conditioning):
     """Labels.
 
     Raises:
-        InputError: if the data set has none.
+        InputError: if the data set has none, or they are not 0..C-1 with train samples each.
     """
 
     def __init__(self, data: Dataset, text: TextTable | None = None) -> None:
-        if data.labels is None or data.heldout_labels is None:
-            raise InputError(f"data set {data.name!r} has no labels; train without conditioning")
+        self.classes = data.classes
         labels = data.trained_labels
         assert labels is not None
+        assert data.heldout_labels is not None
         self.labels, self.heldout_labels = labels, data.heldout_labels
-        self.classes = int(labels.max()) + 1
         given = fingerprint_array(torch.cat([labels, data.heldout_labels]).numpy())["sha256"]
         self.facts = {"kind": "class", "network": {"classes": self.classes}, "labels": given}
 

@@ -151,3 +151,33 @@ def test_conditioning_without_labels_is_refused(gaussian, process, two_classes):
         draw_samples(plain.ema, 4, (2,), seed=0, condition=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(InputError, match="no labels"):
         ClassJudge(gaussian)
+
+
+@pytest.mark.parametrize(
+    ("own", "heldout", "said"),
+    [
+        ([-1, 0], [0, -1], "2 classes labelled -1 to 0 instead of 0 to 1; renumber them"),
+        ([0, 1], [1, 2], "class 2 of data set .* has held-out samples alone"),
+        ([0, 10**9], [0, 10**9], "2 classes labelled 0 to 1000000000 instead of 0 to 1; renumber them"),
+        ([1, 2], [1, 2], "2 classes labelled 1 to 2 instead of 0 to 1; renumber them"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_anything_is_written(
+    own, heldout, said, two_classes, process, tmp_path
+):
+    data = replace(
+        two_classes,
+        labels=torch.tensor(own)[torch.arange(len(two_classes.train)) % 2],
+        heldout_labels=torch.tensor(heldout)[torch.arange(len(two_classes.heldout)) % 2],
+    )
+    with pytest.raises(InputError, match=said):
+        train(data, process, PLAN, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=said):
+        ClassJudge(data)
+
+
+def test_labels_that_are_no_whole_numbers_are_refused():
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    with pytest.raises(InputError, match="labels of type float64; they must be whole numbers"):
+        split_samples("halves", points, labels=np.full(40, 0.5))
