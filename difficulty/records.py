@@ -7,6 +7,7 @@ is written first as "running" and last as "finished", and a folder in any other 
 
 __all__ = [
     "as_json",
+    "changed_settings",
     "check_columns",
     "digest",
     "fingerprint_array",
@@ -30,7 +31,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ DIGITS = 10
 RUN_FORMAT = "denoising-difficulty/run/1"
 # What a folder holds before the first result.
 HEADERS = ("run.json", "process.csv")
+MOST_CHANGES = 5  # settings that a refusal names
 # Kinds of numpy's dtypes that a column of a kind may have once pandas has read it; whole numbers will do as float.
 KINDS: Mapping[type, str] = {int: "iu", float: "fiu", bool: "b", str: "OfTU"}
 
@@ -187,7 +189,37 @@ def fingerprint_array(array: npt.NDArray[Any]) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": values}
 
 
-def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+def changed_settings(earlier: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """What is set otherwise in ``config`` than in ``earlier``, as in ``plan.lr 0.01 -> 0.001``; empty if nothing is.
+
+    Args:
+        earlier, config: settings that JSON can hold; an absent one is as good as None.
+        free: entries that may differ.
+    """
+    before, after = (_flat({key: each[key] for key in each if key not in free}) for each in (earlier, config))
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    said = [f"{name} {_brief(before.get(name))} -> {_brief(after.get(name))}" for name in names[:MOST_CHANGES]]
+    return ", ".join(said) + (f" and {len(names) - MOST_CHANGES} more" if len(names) > MOST_CHANGES else "")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in as_json(dict(settings)).items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{key}": each for key, each in _flat(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _brief(value: Any) -> str:
+    """A setting in a few characters: hashes and tables are known by their beginning."""
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."
+
+
+def start_run(folder: Path, kind: str, config: dict[str, Any], free: Collection[str] = ()) -> dict[str, Any]:
     """Open a results folder: write ``run.json`` with status "running" and return its content.
 
     It holds the command line that was given, which given again repeats the result.
@@ -196,6 +228,7 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
         folder: created if missing.
         kind: which command writes it, e.g. "measure".
         config: everything that determines the result: arguments, seeds, fingerprints of data and process.
+        free: entries of it that may differ from those of an earlier run in the folder, as they determine nothing.
 
     Raises:
         InputError: if the folder is not a results folder, so that nobody's files are mixed with ours, or holds a
@@ -212,9 +245,14 @@ def start_run(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]
         if not isinstance(earlier, dict) or earlier.get("format") != RUN_FORMAT:
             raise InputError(f"{folder / 'run.json'} is not of this project or version; choose another output folder")
         begun = earlier.get("status") == "finished" or any(path.name not in HEADERS for path in folder.iterdir())
-        if earlier.get("kind") != kind or (begun and earlier.get("config") != config):
-            state = "a finished run" if earlier.get("status") == "finished" else "an interrupted run"
-            raise InputError(f"{folder} holds {state} with other settings; choose another --out or delete it")
+        state = "a finished run" if earlier.get("status") == "finished" else "an interrupted run"
+        if earlier.get("kind") != kind:
+            raise InputError(f"{folder} holds {state} of {earlier.get('kind')!r}; choose another --out or delete it")
+        changed = changed_settings(earlier.get("config") or {}, config, free)
+        if begun and changed:
+            raise InputError(
+                f"{folder} holds {state} with other settings ({changed}); choose another --out or delete it"
+            )
     run = {
         "format": RUN_FORMAT,
         "kind": kind,

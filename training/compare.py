@@ -30,7 +30,7 @@ from difficulty.datasets import Dataset
 from difficulty.errors import InputError, choose
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
-from difficulty.records import finish_run, read_json, read_run, start_run, write_json, write_table
+from difficulty.records import changed_settings, finish_run, read_json, read_run, start_run, write_json, write_table
 from training.arms import ArmSpec, choose_arms
 from training.curriculum import Curriculum, tasks_of
 from training.curriculum_builders import make_curriculum
@@ -186,8 +186,11 @@ def _open(
         found = read_json(out / "run.json")
         if not isinstance(found, dict) or found.get("kind") != "compare":
             raise InputError(f"{out} holds the results of another command; choose another output folder")
-        if found.get("config") != config:
-            raise InputError(f"{out} holds a comparison with other settings; choose another folder or repeat them")
+        changed = changed_settings(found.get("config") or {}, config)
+        if changed:
+            raise InputError(
+                f"{out} holds a comparison with other settings ({changed}); choose another folder or repeat them"
+            )
     return start_run(out, "compare", config)
 
 

@@ -15,7 +15,6 @@ checkpoints/      see `checkpoint.py`; the tables up to the step are part of the
 
 __all__ = ["Cadence", "Tell", "restore", "silent", "train"]
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from difficulty.networks import build_network
 from difficulty.process import PROCESSES, Process
 from difficulty.process_file import read_process, write_process
 from difficulty.ranking import RankingTask
-from difficulty.records import RUN_FORMAT, finish_run, read_json, start_run, write_json, write_table
+from difficulty.records import RUN_FORMAT, changed_settings, finish_run, read_json, start_run, write_json, write_table
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process, tasks_of
@@ -48,6 +47,7 @@ from training.timesteps import coverage_rows, stage_rows
 from training.trainer import Diverged, Trainer, TrainPlan
 
 RESUME = ("auto", "never")
+FREE = ("cadence",)  # of a run's settings, those that a continued run may change: no draw and no weight depends on them
 LOSS_COLUMNS = ("step", "samples", "stage", "task", "nats_per_log_snr", "loss")
 CURVE_COLUMNS = ("step", "samples", "stage", "train_loss", "lr", "nats", "loss")
 Watcher = Callable[[Trainer, float], None]
@@ -101,6 +101,8 @@ def train(
     judged: Judged | None = None,
 ) -> Trainer:
     """Train, or continue a run of the same settings in ``out``; run.json of a finished one stays as it is.
+
+    How often a run writes may change when it is continued.
 
     Args:
         data, process, plan, curriculum: what to train; see ``Trainer``.
@@ -248,19 +250,22 @@ def _open(
         raise InputError(f"{out} holds the results of another command; choose another output folder")
     if resume == "never":
         raise InputError(f"{out} already holds a run; continue it with --resume auto or choose another folder")
-    if found.get("config") != json.loads(json.dumps(config)):
-        raise InputError(f"{out} holds a run with other settings; choose another folder or repeat its settings")
+    changed = changed_settings(found.get("config") or {}, config, FREE)
+    if changed:
+        raise InputError(
+            f"{out} holds a run with other settings ({changed}); choose another folder or repeat its settings"
+        )
     state, passed = load_latest(out / "checkpoints")
     for sentence in passed:
         tell(sentence)
     if state is None:
         if passed:
             tell(f"no whole checkpoint is left in {out}; starting anew")
-        return start_run(out, "train", config), None
+        return start_run(out, "train", config, FREE), None
     tell(f"continuing {out} after step {state['step']}")
     if found.get("status") == "finished" and state["step"] == trainer.plan.steps:
         return found, state
-    return start_run(out, "train", config) | {"wall_seconds": found.get("wall_seconds", 0.0)}, state
+    return start_run(out, "train", config, FREE) | {"wall_seconds": found.get("wall_seconds", 0.0)}, state
 
 
 def _log_heldout(trainer: Trainer, heldout: HeldOut, loss: float, log: dict[str, list[list[float]]]) -> HeldOutLoss:

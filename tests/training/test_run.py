@@ -67,6 +67,18 @@ def test_interrupted_and_continued_run_equals_the_uninterrupted_one_bit_for_bit(
     assert bool(told) == (stop > 9)  # the first checkpoint follows iteration 9
 
 
+def test_a_run_that_is_continued_with_another_cadence_ends_with_the_same_weights(gaussian, process, staged, tmp_path):
+    with pytest.raises(Stop):
+        train(gaussian, process, PLAN, tmp_path / "run", staged, cadence=CADENCE, watch=_stop_at(31))
+    other = Cadence(evaluate=20, checkpoint=15, sample=3, keep=5, grid=4)
+    train(gaussian, process, PLAN, tmp_path / "run", staged, cadence=other, show=save_grid)
+    train(gaussian, process, PLAN, tmp_path / "whole", staged, cadence=CADENCE)
+    last = Path("checkpoints", "step-00000060")
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "run" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["cadence"]["evaluate"] == 20
+
+
 def test_finished_run_is_left_as_it_is(gaussian, process, tmp_path):
     def facts():
         return (tmp_path / "run" / "run.json").read_bytes()
@@ -207,10 +219,13 @@ def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian
 
 def test_folder_of_another_run_or_another_command_is_refused(gaussian, process, one_cluster, tmp_path):
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
-    for other in (TrainPlan(**(vars(PLAN) | {"lr": 0.5})), TrainPlan(**(vars(PLAN) | {"seed": 1}))):
-        with pytest.raises(InputError, match="other settings"):
-            train(gaussian, process, other, tmp_path / "run", cadence=CADENCE)
-    with pytest.raises(InputError, match="other settings"):
+    for change, said in (
+        ({"lr": 0.5}, r"\(plan\.lr 0\.001 -> 0\.5\)"),
+        ({"seed": 1, "density": "log-snr"}, r"\(plan\.density none -> log-snr, plan\.seed 0 -> 1\)"),
+    ):
+        with pytest.raises(InputError, match=f"other settings {said}"):
+            train(gaussian, process, TrainPlan(**(vars(PLAN) | change)), tmp_path / "run", cadence=CADENCE)
+    with pytest.raises(InputError, match=rf"other settings \(curriculum none -> {one_cluster.sha256[:8]}\.\.\.\)"):
         train(gaussian, process, PLAN, tmp_path / "run", one_cluster, cadence=CADENCE)
     with pytest.raises(InputError, match="already holds a run"):
         train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, resume="never")
