@@ -11,7 +11,7 @@ A conditional model that is not told its condition gets what stands for none: cl
 one token of zeros.
 """
 
-__all__ = ["BACKBONES", "DiffusersNetwork", "diffusers_network", "load_component"]
+__all__ = ["BACKBONES", "DiffusersNetwork", "diffusers_network", "load_component", "model_folder"]
 
 import functools
 import inspect
@@ -124,8 +124,7 @@ def diffusers_network(path: Path) -> DiffusersNetwork:
         InputError: if diffusers is missing, or there is no model of its own.
     """
     if path.is_dir():
-        parts = [path / name for name in BACKBONES if (path / name / "config.json").exists()]
-        return DiffusersNetwork(load_component(parts[0] if parts else path, "config.json"))
+        return DiffusersNetwork(load_component(model_folder(path), "config.json"))
     content = read_json(path)
     kind = _class_named_in(content, path)
     try:
@@ -134,6 +133,12 @@ def diffusers_network(path: Path) -> DiffusersNetwork:
         raise
     except Exception as error:  # diffusers raises many kinds for settings that do not go together
         raise InputError(f"{path} makes no {kind.__name__} ({first_line(error)})") from None
+
+
+def model_folder(folder: Path) -> Path:
+    """Where the model is in a folder of ``save_pretrained``: the folder, or that of the backbone in a pipeline's."""
+    parts = (folder / name for name in BACKBONES)
+    return next((part for part in parts if (part / "config.json").exists()), folder)
 
 
 def load_component(folder: Path, config: str) -> Any:

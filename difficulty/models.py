@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difficulty.denoiser import Denoiser
-from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component
+from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component, model_folder
 from difficulty.errors import InputError, first_line
+from difficulty.network_file import network_of
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import sigma_data_of, to_eps
 from difficulty.process import Process, from_arrays
@@ -46,7 +47,9 @@ class TrainedModel:
     eps: Callable[[Tensor, Tensor], Tensor]
 
 
-def save_denoiser(denoiser: Denoiser, path: Path, network: str, shape: tuple[int, ...]) -> None:
+def save_denoiser(
+    denoiser: Denoiser, path: Path, network: str, shape: tuple[int, ...], network_file: str | None = None
+) -> None:
     """Write a denoiser with all that is needed to use it: weights, network, process, prediction, scales.
 
     Args:
@@ -54,10 +57,12 @@ def save_denoiser(denoiser: Denoiser, path: Path, network: str, shape: tuple[int
         path: of the safetensors file.
         network: how ``build_network`` makes the network.
         shape: of one sample.
+        network_file: what ``fingerprint_network`` says of the network.
     """
     facts = {
         "format": DENOISER_FORMAT,
         "network": network,
+        "network_file": network_file,
         "shape": list(shape),
         "prediction": denoiser.prediction,
         "data_std": denoiser.data_std,
@@ -92,7 +97,8 @@ def load_denoiser(path: Path) -> Denoiser:
     if facts["format"] not in (DENOISER_FORMAT, EARLIER_FORMAT):
         raise InputError(f"{path} has format {facts['format']!r}; this version reads {DENOISER_FORMAT!r}")
     process = from_arrays(tensors.pop("alpha").numpy(), tensors.pop("sigma").numpy(), facts["process"])
-    network = build_network(facts["network"], tuple(facts["shape"]), 0)
+    spec = network_of(facts["network"], facts.get("network_file"), path.parent)
+    network = build_network(spec, tuple(facts["shape"]), 0)
     try:
         network.load_state_dict({key.removeprefix("network/"): value for key, value in tensors.items()})
     except RuntimeError as error:
@@ -128,13 +134,11 @@ def load_model(spec: str | Path) -> TrainedModel:
 
 
 def _from_diffusers(folder: Path) -> TrainedModel:
-    parts = {name: folder / name for name in BACKBONES if (folder / name / "config.json").exists()}
-    backbone = next(iter(parts.values()), folder)
     schedules = [folder / "scheduler", folder, folder.parent / "scheduler"]
     schedule = next((place for place in schedules if (place / "scheduler_config.json").exists()), None)
     if schedule is None:
         raise InputError(f"{folder} holds no scheduler; save it beside the model with scheduler.save_pretrained")
-    network = DiffusersNetwork(load_component(backbone, "config.json")).eval()
+    network = DiffusersNetwork(load_component(model_folder(folder), "config.json")).eval()
     scheduled = process_from_scheduler(load_component(schedule, "scheduler_config.json"))
     return TrainedModel(str(folder), scheduled.process, _eps_of(network, scheduled))
 

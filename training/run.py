@@ -10,6 +10,7 @@ coverage.csv      t, log_snr, samples, expected: how often each t was drawn, and
 samples/          grids over training
 denoiser.safetensors  the averaged weights at the end, for `difficulty probe`; not of a conditional network
 text-encoder/     the text encoder, if it was trained for the run
+network/          the file that the network is made from, if it is one of the user's own or of diffusers
 checkpoints/      see `checkpoint.py`; the tables up to the step are part of the checkpoint
 """
 
@@ -28,9 +29,10 @@ import torch.distributed as dist
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.errors import InputError
+from difficulty.errors import InputError, first_line
 from difficulty.large import DataLost
 from difficulty.models import DENOISER_FILE, save_denoiser
+from difficulty.network_file import fingerprint_network, keep_network, network_of
 from difficulty.networks import build_network
 from difficulty.process import PROCESSES, Process
 from difficulty.process_file import read_process, write_process
@@ -138,6 +140,7 @@ def train(
     if rank == 0:
         # By every start, also by one that follows a kill before this line.
         write_process(out, process)
+        keep_network(plan.network, out)
     if curriculum and rank == 0:
         curriculum.save(out / "curriculum.json")
     if trainer.conditioning and rank == 0:
@@ -197,7 +200,7 @@ def train(
                 advice = f"its share of the density of t is {mass:.1g}, so choose a wider density"
             tell(f"warning: task {task.index} (t = {task.t_first}..{task.t_last}) was never trained; {advice}")
     if not isinstance(trainer.ema.network, ConditionalNetwork):
-        save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape)
+        save_denoiser(trainer.ema, out / DENOISER_FILE, plan.network, data.shape, run["config"].get("network_file"))
     if run["status"] != "finished":
         finish_run(out, run, wall_seconds=wall_seconds())
     return trainer
@@ -233,6 +236,7 @@ def _open(
     curriculum = trainer.sampler.curriculum
     config = {
         "plan": asdict(trainer.plan),
+        "network_file": fingerprint_network(trainer.plan.network),
         "cadence": asdict(cadence),
         "curriculum": curriculum.sha256 if curriculum else None,
         "data": trainer.data.fingerprint,
@@ -295,7 +299,8 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
         tell: called with a sentence for every damaged checkpoint that was passed over.
 
     Raises:
-        InputError: if the folder holds no run of this version, or no whole checkpoint.
+        InputError: if the folder holds no run of this version, or no whole checkpoint, or its network can no longer be
+            made.
     """
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run.json; give the --out folder of `training run`")
@@ -312,10 +317,15 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
     for sentence in passed:
         tell(sentence)
     plan = config["plan"]
-    network = build_network(plan["network"], tuple(config["shape"]), plan["seed"])
+    spec = network_of(plan["network"], config.get("network_file"), folder)
+    network = build_network(spec, tuple(config["shape"]), plan["seed"])
     if config["condition"]:
         network = conditional_network(network, config["condition"])
-    network.load_state_dict(state["ema"])
+    try:
+        network.load_state_dict(state["ema"])
+    except RuntimeError as error:
+        reason = first_line(error).rstrip(":")
+        raise InputError(f"the weights of {folder} do not fit network {plan['network']!r} ({reason})") from None
     if config["process"].get("name") in PROCESSES:
         process = known_process(config["process"], f"the run in {folder}")
     else:

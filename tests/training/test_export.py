@@ -40,6 +40,7 @@ def _run(tmp_path, process, config=UNET, data=None, **options):
 )
 def test_exported_pipeline_draws_the_samples_of_the_run(process, prediction, pipeline, tmp_path, monkeypatch):
     trainer = _run(tmp_path, process, prediction=prediction)
+    (tmp_path / "config.json").unlink()  # the run has a copy
     assert export_run(tmp_path / "run", tmp_path / "out") == (pipeline, False)
     drawn = draw_samples(trainer.ema, 3, (1, 8, 8), seed=7, steps=trainer.process.T)
     start = float(trainer.process.sigma[-1]) * normal((3, 1, 8, 8), 7, PRIOR, 0, 0)

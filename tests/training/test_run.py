@@ -293,6 +293,57 @@ def test_a_finished_run_is_probed_from_its_folder(gaussian, process, tmp_path):
     assert torch.equal(trained.eps(x, t), trainer.ema.eps(x, t))
 
 
+OWN = """
+import torch
+
+class Own(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(5, width), torch.nn.Linear(width, 4)
+
+    def forward(self, x, log_snr):
+        return self.outer(self.inner(torch.cat([x, log_snr.clamp(-9, 9)[:, None]], 1)).tanh())
+
+def make(shape):
+    return Own({width})
+"""
+
+
+def test_a_run_is_that_of_its_network_file_and_outlives_it(gaussian, process, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    file, out = Path("own.py"), tmp_path / "run"
+    file.write_text(OWN.replace("{width}", "8"))
+    plan = TrainPlan(**(vars(PLAN) | {"network": "own.py:make", "steps": 10}))
+    trainer = train(gaussian, process, plan, out, cadence=CADENCE)
+    x, t = torch.randn(3, 4), torch.tensor([1, 40, 80])
+    expected = trainer.ema.eps(x, t)
+
+    def read():
+        return restore(out)[0].eps(x, t), load_denoiser(out / "denoiser.safetensors").eps(x, t)
+
+    assert all(torch.equal(found, expected) for found in read())
+    file.write_text(OWN.replace("{width}", "9"))
+    with pytest.raises(InputError, match=r"other settings \(network_file \w{8}\.\.\. -> \w{8}\.\.\.\)"):
+        train(gaussian, process, plan, out, cadence=CADENCE)
+    assert all(torch.equal(found, expected) for found in read())
+    file.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert all(torch.equal(found, expected) for found in read())
+    (out / "network" / "own.py").write_text(OWN.replace("{width}", "9"))
+    for load in (restore, lambda folder: load_denoiser(folder / "denoiser.safetensors")):
+        with pytest.raises(InputError, match=r"'own\.py:make' was changed or removed, and so was its copy"):
+            load(out)
+
+
+def test_weights_that_do_not_fit_the_network_of_a_run_cost_one_sentence(gaussian, process, tmp_path):
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace("mlp:width=8,depth=2", "mlp:width=16,depth=2"))
+    with pytest.raises(InputError, match="do not fit network 'mlp:width=16,depth=2'"):
+        restore(tmp_path / "run")
+
+
 def test_task_that_was_never_trained_is_said(gaussian, process, staged, tmp_path):
     told = []
     plan = TrainPlan(**(vars(PLAN) | {"steps": 2}))  # patience keeps the first cluster longer than that
