@@ -37,7 +37,16 @@ from difficulty.networks import build_network
 from difficulty.process import PROCESSES, Process
 from difficulty.process_file import read_process, write_process
 from difficulty.ranking import RankingTask
-from difficulty.records import RUN_FORMAT, changed_settings, finish_run, read_json, start_run, write_json, write_table
+from difficulty.records import (
+    RUN_FORMAT,
+    changed_settings,
+    digest,
+    finish_run,
+    read_json,
+    start_run,
+    write_json,
+    write_table,
+)
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, known_process, tasks_of
@@ -95,6 +104,7 @@ def train(
     text: TextTable | None = None,
     cadence: Cadence | None = None,
     resume: str = "auto",
+    init_from: Path | None = None,
     device: str = "cpu",
     parallel: str = "ddp",
     watch: Watcher | None = None,
@@ -112,6 +122,7 @@ def train(
         text: the embedded captions of the data, if the plan's condition is text.
         cadence: how often to write.
         resume: ``auto`` continues what is there, ``never`` refuses a folder that holds a run.
+        init_from: folder of a run of the same network whose trained weights, not their average, this one starts from.
         device: torch device.
         parallel: how several processes share the weights; see ``training.parallel``.
         watch: called with the trainer and the batch loss after every iteration.
@@ -120,8 +131,8 @@ def train(
         judged: called with the trainer and its held-out losses after every evaluation.
 
     Raises:
-        InputError: if the folder holds another run, the loss diverged (``Diverged``), or data are gone (``DataLost``):
-            then the last good state is kept as a checkpoint.
+        InputError: if the folder holds another run, ``init_from`` is of another network, the loss diverged
+            (``Diverged``), or data are gone (``DataLost``): then the last good state is kept as a checkpoint.
     """
     cadence = cadence or Cadence()
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -132,7 +143,8 @@ def train(
     trainer.sampler.warn = silent if rank else lambda said: tell(f"warning: {said}")
     tasks = tasks_of(curriculum, process)
     heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
-    run, state = _open_together(trainer, out, cadence, resume, tell)
+    source = _start_from(trainer, init_from, tell if rank == 0 else silent) if init_from else None
+    run, state = _open_together(trainer, out, cadence, resume, source, tell)
     log: dict[str, list[list[float]]] = {"losses": [], "curve": []}
     if state is not None:
         log = state.pop("log")
@@ -161,7 +173,8 @@ def train(
             if rank == 0 and good is not None:
                 save_checkpoint(out / "checkpoints", good | {"log": log}, cadence.keep)
             kept = "the last checkpoint" if alone else f"checkpoint {trainer.done}"
-            raise type(error)(f"{error}; the last good state is {kept} in {out}") from None
+            onward = f"; go on from it by --init-from {out} in a new folder" if isinstance(error, Diverged) else ""
+            raise type(error)(f"{error}; the last good state is {kept} in {out}{onward}") from None
         trainer.report_heldout(heldout)
         if watch and rank == 0:
             watch(trainer, float(loss))
@@ -210,16 +223,33 @@ def _now(every: int, done: int, last: bool) -> bool:
     return last or (every > 0 and done % every == 0)
 
 
+def _start_from(trainer: Trainer, folder: Path, tell: Tell) -> dict[str, Any]:
+    """Take over the trained weights of another run; returns which these are."""
+    config, state = _last_state(folder, tell)
+    plan = config["plan"]
+    for what, theirs, own in (
+        ("network", plan["network"], trainer.plan.network),
+        ("network file", config.get("network_file"), fingerprint_network(trainer.plan.network)),
+        ("prediction", plan["prediction"], trainer.plan.prediction),
+        ("shape of data", config["shape"], list(trainer.data.shape)),
+    ):
+        if theirs != own:
+            raise InputError(f"the weights of {folder} are of {what} {theirs}, this run has {own}; give the same")
+    trainer.load_weights(state["model"], state["model"])
+    facts = {key: value for key, value in config.items() if key not in FREE}
+    return {"config": digest(facts), "step": state["step"]}
+
+
 def _open_together(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Tell
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """``_open`` by the first process; the others take over what it found, an error included."""
     if trainer.world == 1:
-        return _open(trainer, out, cadence, resume, tell)
+        return _open(trainer, out, cadence, resume, source, tell)
     found: list[Any] = [None, None]
     if trainer.rank == 0:
         try:
-            found[0] = _open(trainer, out, cadence, resume, tell)
+            found[0] = _open(trainer, out, cadence, resume, source, tell)
         except InputError as error:
             found[1] = str(error)
     dist.broadcast_object_list(found)
@@ -229,7 +259,7 @@ def _open_together(
 
 
 def _open(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, tell: Tell
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if resume not in RESUME:
         raise InputError(f"unknown resume {resume!r}; known are {', '.join(RESUME)}")
@@ -238,6 +268,7 @@ def _open(
         "plan": asdict(trainer.plan),
         "network_file": fingerprint_network(trainer.plan.network),
         "cadence": asdict(cadence),
+        "init_from": source,
         "curriculum": curriculum.sha256 if curriculum else None,
         "data": trainer.data.fingerprint,
         "process": trainer.process.fingerprint,
@@ -302,20 +333,7 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
         InputError: if the folder holds no run of this version, or no whole checkpoint, or its network can no longer be
             made.
     """
-    if not (folder / "run.json").exists():
-        raise InputError(f"{folder} holds no run.json; give the --out folder of `training run`")
-    run = read_json(folder / "run.json")
-    if not isinstance(run, dict) or run.get("kind") != "train":
-        raise InputError(f"{folder} holds the results of another command; give the --out folder of `training run`")
-    config = run.get("config")
-    if run.get("format") != RUN_FORMAT or not isinstance(config, dict):
-        raise InputError(f"{folder / 'run.json'} is of another version or damaged; this version reads {RUN_FORMAT!r}")
-    state, passed = load_latest(folder / "checkpoints")
-    if state is None:
-        reason = passed[0] if passed else "no checkpoint was written yet"
-        raise InputError(f"{folder} cannot be used: {reason}")
-    for sentence in passed:
-        tell(sentence)
+    config, state = _last_state(folder, tell)
     plan = config["plan"]
     spec = network_of(plan["network"], config.get("network_file"), folder)
     network = build_network(spec, tuple(config["shape"]), plan["seed"])
@@ -331,3 +349,22 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
     else:
         process = read_process(folder, config["process"])
     return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config | {"step": state["step"]}
+
+
+def _last_state(folder: Path, tell: Tell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a run and its last whole checkpoint."""
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds no run.json; give the --out folder of `training run`")
+    run = read_json(folder / "run.json")
+    if not isinstance(run, dict) or run.get("kind") != "train":
+        raise InputError(f"{folder} holds the results of another command; give the --out folder of `training run`")
+    config = run.get("config")
+    if run.get("format") != RUN_FORMAT or not isinstance(config, dict):
+        raise InputError(f"{folder / 'run.json'} is of another version or damaged; this version reads {RUN_FORMAT!r}")
+    state, passed = load_latest(folder / "checkpoints")
+    if state is None:
+        reason = passed[0] if passed else "no checkpoint was written yet"
+        raise InputError(f"{folder} cannot be used: {reason}")
+    for sentence in passed:
+        tell(sentence)
+    return config, state

@@ -304,18 +304,26 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         return state
 
+    def load_weights(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> None:
+        """Take over weights and their average.
+
+        Raises:
+            InputError: if they are those of another network.
+        """
+        try:
+            self._load(self.denoiser.network, model)
+            self._load(self.averaged.module, ema)
+        except RuntimeError as error:
+            reason = first_line(error).rstrip(":")
+            raise InputError(f"the saved weights do not fit network {self.plan.network!r} ({reason})") from None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``.
 
         Raises:
             InputError: if the weights are those of another network.
         """
-        try:
-            self._load(self.denoiser.network, state["model"])
-            self._load(self.averaged.module, state["ema"])
-        except RuntimeError as error:
-            reason = first_line(error).rstrip(":")
-            raise InputError(f"the saved weights do not fit network {self.plan.network!r} ({reason})") from None
+        self.load_weights(state["model"], state["ema"])
         self.optimizer.load_state_dict(moments(self.parallel, self.optimizer, state["optimizer"]))
         if self.uncertainty is not None:
             self._load(self.uncertainty, {name: torch.tensor(value) for name, value in state["uncertainty"].items()})

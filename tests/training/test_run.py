@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.models import load_denoiser
 from training.curriculum_builders import make_curriculum
@@ -215,6 +216,35 @@ def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, resume="auto")
     train(gaussian, process, PLAN, tmp_path / "undisturbed", cadence=CADENCE)
     assert _result(tmp_path / "run") == _result(tmp_path / "undisturbed")
+
+
+def test_a_run_starts_from_the_trained_weights_of_another(gaussian, process, tmp_path):
+    def poison(trainer, loss):
+        if trainer.done == 12:
+            trainer.source.samples = torch.full_like(trainer.source.samples, float("nan"))
+
+    out, new = tmp_path / "run", tmp_path / "new"
+    with pytest.raises(Diverged, match=f"go on from it by --init-from {out} in a new folder"):
+        train(gaussian, process, PLAN, out, cadence=CADENCE, watch=poison)
+    weights = load_file(out / "checkpoints" / "step-00000012" / "model.safetensors")
+    still = TrainPlan(**(vars(PLAN) | {"lr": 1e-30, "steps": 4}))
+    trainer = train(gaussian, process, still, new, cadence=CADENCE, init_from=out)
+    for network in (trainer.denoiser.network, trainer.ema.network):
+        assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert json.loads((new / "run.json").read_text())["config"]["init_from"]["step"] == 12
+    train(gaussian, process, still, new, cadence=CADENCE, init_from=out)
+    with pytest.raises(InputError, match=r"other settings \(init_from\.config \w{8}\.\.\. -> none"):
+        train(gaussian, process, still, new, cadence=CADENCE)
+    for change, said in (
+        ({"network": "mlp:width=9,depth=2"}, "are of network mlp:width=8,depth=2, this run has mlp:width=9,depth=2"),
+        ({"prediction": "v"}, "are of prediction eps, this run has v"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(gaussian, process, TrainPlan(**(vars(PLAN) | change)), tmp_path / "other", init_from=out)
+    plane = load_dataset("gaussian:dim=2,n=400")
+    with pytest.raises(InputError, match=r"are of shape of data \[4\], this run has \[2\]"):
+        train(plane, process, PLAN, tmp_path / "other", init_from=out)
+    assert not (tmp_path / "other").exists()
 
 
 def test_folder_of_another_run_or_another_command_is_refused(gaussian, process, one_cluster, tmp_path):

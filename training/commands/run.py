@@ -65,6 +65,7 @@ def run(
     floor_from: Path | None = None,
     keep: int = 3,
     resume: Literal["auto", "never"] = "auto",
+    init_from: Path | None = None,
     tensorboard: bool = False,
     device: str = "auto",
     json: bool = False,
@@ -116,6 +117,8 @@ def run(
         floor_from: Folder of `difficulty measure` on the same data, process and 20 tasks, for the probe.
         keep: Checkpoints that stay.
         resume: auto continues a run of the same settings in the folder, never refuses one.
+        init_from: Folder of a run of the same network whose trained weights this new one starts from, for instance with
+            a lower learning rate after its loss diverged.
         tensorboard: Also write events for `tensorboard --logdir`, in the folder's tensorboard/.
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
@@ -186,6 +189,7 @@ def run(
         text=text,
         cadence=cadence,
         resume=resume,
+        init_from=init_from,
         device=where,
         parallel=parallel,
         watch=watch,
