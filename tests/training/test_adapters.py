@@ -162,10 +162,21 @@ def test_edm_loss_draws_sigma_from_the_curriculum_and_survives_a_pickle(tmp_path
     for _ in range(20):
         loss_fn(net=lambda x, *_, **__: torch.zeros_like(x), images=torch.zeros_like(images))  # a constant loss of 0
     assert loss_fn.draws.sampler.stage == 3
+    (tmp_path / "c.json").unlink()  # snapshots are read elsewhere
     copied = pickle.loads(pickle.dumps(loss_fn))
     loss_fn(net=net, images=images)
     copied(net=net, images=images)
     assert torch.equal(seen[-1], seen[-2])
+
+
+def test_edm_loss_of_a_process_from_a_file_is_unpickled_without_it(tmp_path):
+    edm = get_process("edm")
+    np.savez(tmp_path / "p.npz", alpha=edm.alpha[1:], sigma=edm.sigma[1:])
+    interval_curriculum(get_process(tmp_path / "p.npz"), k=4).save(tmp_path / "c.json")
+    pickled = pickle.dumps(EDMLoss(tmp_path / "c.json", 100, process=str(tmp_path / "p.npz")))
+    for name in ("p.npz", "c.json"):
+        (tmp_path / name).unlink()
+    assert pickle.loads(pickled).draws.sigmas([8]).isfinite().all()
 
 
 def test_edm_loss_refuses_a_curriculum_of_other_noise_levels(tmp_path):

@@ -9,14 +9,15 @@ it into every snapshot, and tells it nothing else; so the loss counts its own ca
 
 __all__ = ["EDMLoss"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from difficulty.process import get_process
+from difficulty.process import Process, get_process
 from training.adapters.draws import Draws
 from training.curriculum import Curriculum
 from training.timesteps import TimestepSampler
@@ -26,7 +27,7 @@ class EDMLoss:
     """Takes the place of ``training.loss.EDMLoss`` in EDM's repository.
 
     Args:
-        curriculum: path of a curriculum.json.
+        curriculum: path of a curriculum.json, or its content.
         budget: calls on one process in the whole run, for pacing rules that spend a share of it: iterations times
             rounds of accumulation.
         process: forward process that the curriculum was made for, with finite sigma/alpha.
@@ -40,18 +41,24 @@ class EDMLoss:
 
     def __init__(
         self,
-        curriculum: str | Path,
+        curriculum: str | Path | Mapping[str, Any],
         budget: int,
-        process: str = "edm",
+        process: str | Process = "edm",
         sigma_data: float = 0.5,
         seed: int = 0,
         start: int = 0,
     ) -> None:
-        self.arguments = {
-            "curriculum": str(curriculum), "budget": budget, "process": process, "sigma_data": sigma_data, "seed": seed,
-        }  # fmt: skip
         self.sigma_data, chosen = sigma_data, get_process(process)
-        sampler = TimestepSampler(chosen, Curriculum.load(curriculum), budget=budget, seed=seed)
+        if isinstance(curriculum, str | Path):
+            order = Curriculum.load(curriculum)
+        else:
+            order = Curriculum.model_validate(curriculum)
+        # Contents, not paths: a snapshot is unpickled on other machines, and when the files are gone.
+        self.arguments = {
+            "curriculum": order.model_dump(), "budget": budget, "process": replace(chosen, closed_form=None),
+            "sigma_data": sigma_data, "seed": seed,
+        }  # fmt: skip
+        sampler = TimestepSampler(chosen, order, budget=budget, seed=seed)
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if together else 0
         self.world = torch.distributed.get_world_size() if together else 1
