@@ -39,6 +39,7 @@ from difficulty.tasks import Task, make_tasks
 from training.density import density, from_task_masses, task_masses
 from training.pacing import check_pacing
 
+TASKS = 20  # without a curriculum
 CURRICULUM_FORMAT: Literal["denoising-difficulty/curriculum/1"] = "denoising-difficulty/curriculum/1"
 
 
@@ -229,8 +230,11 @@ def schema() -> dict[str, Any]:
 
 
 def tasks_of(curriculum: Curriculum | None, process: Process) -> list[RankingTask]:
-    """The tasks of the curriculum, or without one twenty of equal width in t."""
-    return curriculum.tasks if curriculum else [RankingTask.of(task, process) for task in make_tasks(process)]
+    """The tasks of the curriculum, or without one twenty of equal width in t, or as many as there are timesteps."""
+    if curriculum:
+        return curriculum.tasks
+    most = process.T if process.alpha[-1] > 0 else process.T - 1  # pure noise is no task by itself
+    return [RankingTask.of(task, process) for task in make_tasks(process, min(TASKS, most))]
 
 
 def _agree(stated: float | None, true: float | None, absolute: float) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.models import load_denoiser
+from difficulty.process import get_process
 from training.curriculum_builders import make_curriculum
 from training.plots import draw_folder, save_grid
 from training.run import Cadence, restore, train
@@ -430,3 +431,11 @@ def test_disk_that_fills_up_costs_one_sentence_and_the_run_goes_on_once_there_is
     monkeypatch.undo()
     train(gaussian, process, PLAN, tmp_path / "full", staged, cadence=CADENCE)
     assert _result(tmp_path / "whole") == _result(tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("process", "tasks"), [("vp-linear:T=5", 5), ("flow-matching:T=5", 4), ("flow-matching:T=2", 1)]
+)
+def test_a_process_of_few_timesteps_is_trained_in_as_many_tasks(process, tasks, gaussian, tmp_path):
+    train(gaussian, get_process(process), PLAN, tmp_path / "run", cadence=CADENCE)
+    assert pd.read_csv(tmp_path / "run" / "losses.csv")["task"].nunique() == tasks
