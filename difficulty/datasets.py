@@ -136,8 +136,10 @@ def load_dataset(spec: "str | Path | Dataset", resident: int | None = None) -> D
             there are more, ``large`` has all of them.
 
     Raises:
-        InputError: if the name is unknown or the data cannot be used.
+        InputError: if the name is unknown, the data cannot be used, or ``resident`` is negative.
     """
+    if resident is not None and resident < 0:
+        raise InputError(f"the number of samples that are kept in memory must not be negative, got {resident}")
     if isinstance(spec, Dataset):
         return spec
     text = str(spec)

@@ -18,6 +18,7 @@ knows no others. Start and added noise come from the seed alone, so that two net
 
 __all__ = ["SAMPLERS", "Sampler", "draw_samples", "sampling_grid"]
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -197,10 +198,12 @@ def draw_samples(
 
     Raises:
         InputError: if the method is unknown, steps does not fit, the seed is negative, a condition is given to an
-            unconditional denoiser, guidance is asked for without a condition, or the method needs a package that is
-            missing.
+            unconditional denoiser, guidance is not finite or asked for without a condition, or the method needs a
+            package that is missing.
     """
     check_seed(seed)
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance must be a finite number, got {guidance}")
     if condition is None and guidance != 1:
         raise InputError(f"guidance {guidance:g} needs a condition to guide towards; this model is sampled without one")
     told = isinstance(denoiser, Denoiser) and isinstance(denoiser.network, ConditionalNetwork)

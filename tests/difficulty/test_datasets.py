@@ -136,6 +136,11 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path, array, message):
         load_dataset(tmp_path / "a.npy")
 
 
+def test_a_negative_number_of_samples_in_memory_is_refused():
+    with pytest.raises(InputError, match="kept in memory must not be negative, got -3"):
+        load_dataset("digits", resident=-3)
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     np.save(tmp_path / "whole.npy", ROWS)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:200])

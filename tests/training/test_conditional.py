@@ -147,6 +147,9 @@ def test_conditioning_without_labels_is_refused(gaussian, process, two_classes):
     with pytest.raises(InputError, match="no labels"):
         Trainer(gaussian, process, PLAN)
     plain = Trainer(two_classes, process, TrainPlan(network="mlp:width=8"))
+    for guidance in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"guidance must be a finite number, got {guidance}"):
+            draw_samples(plain.ema, 4, (2,), seed=0, guidance=guidance)
     with pytest.raises(InputError, match="without a condition"):
         draw_samples(plain.ema, 4, (2,), seed=0, condition=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(InputError, match="no labels"):
