@@ -1,8 +1,9 @@
 """The front door that both command lines share: subcommands from functions, errors as one sentence, exit codes.
 
 Exit code 0 means done, 1 that a check found what it was looking for (such as an invalid file), 2 that the input cannot
-be used as given: the message on stderr is one sentence and nothing was half-written. Ctrl-C ends with 130. Any other
-exception is a defect of ours and keeps its traceback.
+be used as given: the message on stderr is one sentence and nothing was half-written. Ctrl-C ends with 130, and output
+that nobody reads on (``| head``) with 141, quietly, as the shell's own commands do. Any other exception is a defect of
+ours and keeps its traceback.
 """
 
 __all__ = ["given_command", "run_cli"]
@@ -36,13 +37,21 @@ def run_cli(
         args: arguments instead of ``sys.argv[1:]``.
 
     Returns:
-        What the function returns if that is an int, else 0; 2 for an ``InputError``, 130 for Ctrl-C.
+        What the function returns if that is an int, else 0; 2 for an ``InputError``, 130 for Ctrl-C, 141 if stdout was
+        closed.
     """
     import tyro
 
     token = _given.set(shlex.join([prog, *(sys.argv[1:] if args is None else args)]))
     try:
-        result = tyro.extras.subcommand_cli_from_dict(subcommands, prog=prog, description=description, args=args)
+        try:
+            result = tyro.extras.subcommand_cli_from_dict(subcommands, prog=prog, description=description, args=args)
+        finally:
+            sys.stdout.flush()  # what is still buffered would fail at exit, where nothing can catch it
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 141
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one is enough to say it
             print(f"{prog}: {error}", file=sys.stderr)
@@ -54,3 +63,13 @@ def run_cli(
     finally:
         _given.reset(token)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that was closed, and no other pipe; what is left for it is then thrown away."""
+    try:
+        print(flush=True)  # what failed before may be gone from the buffer, which could be flushed without an error
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, refusals, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -201,6 +202,27 @@ def test_folders_that_are_no_finished_measurement_are_refused(tmp_path, capsys, 
     assert "this version reads" in refused(capsys, "rank", tmp_path)
     write_json(tmp_path / "run.json", run_json)
     assert "process.csv does not exist" in refused(capsys, "rank", tmp_path)
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+@pytest.mark.parametrize("command", [["training", "--help"], ["difficulty", "processes"]])
+def test_output_that_nobody_reads_on_ends_a_command_quietly(command, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *unbuffered, "-m", *command], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_keeps_its_traceback():
+    def broken():
+        """Talk to a process that has gone."""
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_cli({"broken": broken, "other": broken}, "difficulty", "", ["broken"])
 
 
 def test_results_are_never_overwritten_by_another_measurement(capsys, measured):
