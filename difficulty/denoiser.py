@@ -22,6 +22,8 @@ from difficulty.errors import InputError
 from difficulty.prediction import coefficients, eps_loss_factor, from_x0_eps, sigma_data_of, to_eps, to_x0
 from difficulty.process import Process
 
+LARGEST_STD = 1e15  # squares of which, summed over samples and dimensions, stay finite in float32
+
 
 class Denoiser(nn.Module):
     """A network bound to a process and a prediction.
@@ -35,7 +37,7 @@ class Denoiser(nn.Module):
         baseline: whether the network predicts the difference to the best multiple of its input.
 
     Raises:
-        InputError: if the prediction is unknown or data_std is not positive.
+        InputError: if the prediction is unknown, or data_std is not positive or too large for float32.
     """
 
     alpha: Tensor
@@ -51,6 +53,11 @@ class Denoiser(nn.Module):
         coefficients(prediction, torch.ones(1), torch.ones(1))  # refuses an unknown one
         if not data_std > 0:
             raise InputError(f"data_std must be positive, got {data_std}; data that are all zero cannot be learned")
+        if not data_std < LARGEST_STD:
+            raise InputError(
+                f"data_std must be below {LARGEST_STD:g}, got {data_std:g}: squares of the data overflow float32; "
+                "divide the data by their standard deviation"
+            )
         self.network, self.process, self.prediction = network, process, prediction
         self.foreign = hasattr(network, "convention")
         self.data_std, self.baseline = data_std, baseline and not self.foreign

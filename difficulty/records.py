@@ -73,7 +73,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; this file was not changed") from error
 
 
 def write_json(path: Path, value: Any) -> None:

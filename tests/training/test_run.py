@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -409,6 +410,26 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_anew(gaussi
     train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE, tell=told.append)
     assert "starting anew" in told[-1]
     assert not any("before it is used" in sentence for sentence in told)
+
+
+def test_data_whose_squares_overflow_are_refused_before_anything_is_written(gaussian, process, tmp_path):
+    huge = replace(gaussian, train=gaussian.train * 1e30, heldout=gaussian.heldout * 1e30)
+    with pytest.raises(InputError, match=r"data_std must be below 1e\+15, got 5\.\d+e\+29: squares of the data overflow"):
+        train(huge, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_that_fills_up_at_the_start_is_said_of_the_file_that_it_concerns(gaussian, process, tmp_path, monkeypatch):
+    def full(handle):
+        if list((tmp_path / "run").glob("run.json")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"process\.csv: No space left on device; this file was not changed"):
+        train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    monkeypatch.undo()
+    train(gaussian, process, PLAN, tmp_path / "run", cadence=CADENCE)
 
 
 def test_disk_that_fills_up_costs_one_sentence_and_the_run_goes_on_once_there_is_room(
