@@ -414,7 +414,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_anew(gaussi
 
 def test_data_whose_squares_overflow_are_refused_before_anything_is_written(gaussian, process, tmp_path):
     huge = replace(gaussian, train=gaussian.train * 1e30, heldout=gaussian.heldout * 1e30)
-    with pytest.raises(InputError, match=r"data_std must be below 1e\+15, got 5\.\d+e\+29: squares of the data overflow"):
+    with pytest.raises(InputError, match=r"data_std must be below 1e\+15, got .*: squares of the data overflow"):
         train(huge, process, PLAN, tmp_path / "run", cadence=CADENCE)
     assert not (tmp_path / "run").exists()
 
