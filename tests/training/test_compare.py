@@ -21,6 +21,14 @@ from training.plots import draw_folder
 from training.plots_comparison import COMPARISON_FIGURES, forest
 from training.report import order_or_exposure, percent, write_report
 
+OWN = """
+class Own(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(4, 4), torch.nn.Tanh())
+
+    def forward(self, x, log_snr):
+        return super().forward(x)
+"""
 SMALL = {"steps": 30, "batch": 8, "network": "mlp:width=8,depth=2", "samples": 64, "seeds": [0, 1]}
 
 
@@ -365,6 +373,12 @@ def test_comparison_refuses_what_it_cannot_do(gaussian, process, curriculum, tmp
     compare(gaussian, process, ["vanilla", "min-snr"], out=tmp_path / "done", **SMALL)
     with pytest.raises(InputError, match="other settings"):
         compare(gaussian, process, ["vanilla", "min-snr"], out=tmp_path / "done", **(SMALL | {"steps": 31}))
+    (tmp_path / "own.py").write_text("import torch\ndef make(shape): return Own()\n" + OWN)
+    own = SMALL | {"network": f"{tmp_path / 'own.py'}:make"}
+    compare(gaussian, process, ["vanilla", "min-snr"], out=tmp_path / "own", **own)
+    (tmp_path / "own.py").write_text("import torch\ndef make(shape): return Own()\n" + OWN.replace("Tanh", "SiLU"))
+    with pytest.raises(InputError, match=r"other settings \(network_file"):
+        compare(gaussian, process, ["vanilla", "min-snr"], out=tmp_path / "own", **own)
     with pytest.raises(InputError, match="noise levels differ"):
         compare(gaussian, get_process("vp-cosine:T=80"), ["vanilla", "curriculum"], curriculum=curriculum,
                 out=tmp_path / "other", **SMALL)  # fmt: skip
