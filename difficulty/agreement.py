@@ -141,7 +141,8 @@ def agreement_table(folders: Sequence[Path], measures: Sequence[str] = ("excess_
 def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
     """Rank a measurement again over the best loss that it or any of the others knows; its tables are written anew.
 
-    run.json names the others and the SHA-256 of their floors (``floor_from``), and so does the ranking's provenance.
+    run.json names the others and the SHA-256 of their floors (``floor_from``), and so does the ranking's provenance, if
+    one of them knew better.
 
     Args:
         folder: of `difficulty measure`, on data without an exact law.
@@ -161,6 +162,8 @@ def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
         floors.append(side.floor)
         sources.append({"folder": str(other), "sha256": fingerprint_array(side.floor)["sha256"]})
     floor = joint_floor(floors)
+    if np.array_equal(floor, own.floor):
+        return rank_folder(folder)  # nobody knows better
     losses, budget = over_floor(own.losses, own.floor, floor), own.config["plan"]["budget"]
     run = read_run(folder)
     # Were it interrupted, tables over different floors would stand beside each other.

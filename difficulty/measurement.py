@@ -54,7 +54,7 @@ SAMPLE_QUALITY = "sample-quality"
 PARTIAL_EXPERTS = "experts.partial.safetensors"
 # Definitions that refer to the floor, and what is said of them where it is no Bayes loss.
 OVER_THE_FLOOR = ("excess_nats", "log_regret", "paper_style_floor", "power_law")
-BEST_KNOWN = "the floor is an upper bound of the Bayes loss, and an excess over it a lower bound"
+BEST_KNOWN = "over the best loss known, so a lower bound"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]
 
@@ -344,8 +344,8 @@ def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
             )
         if known:
             notes.append(
-                f"No exact law is known, so that {', '.join(OVER_THE_FLOOR)} are taken over the best loss known: "
-                f"{known}; the intervals do not hold the distance to the Bayes loss."
+                f"No exact law is known: {', '.join(OVER_THE_FLOOR)} are taken over the best loss known, an upper "
+                "bound of the Bayes loss, and their intervals do not hold the distance to it."
             )
     if SAMPLE_QUALITY in config["measures"]:
         estimates |= quality_estimates(tables["sample_quality"], config["plan"]["budget"], len(tasks))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from difficulty.expert_plan import ExpertPlan
@@ -65,3 +66,21 @@ def test_a_measurement_of_which_every_expert_diverged_is_drawn(measured):
     folder, ranking = measured(learning_rate=1e30)
     assert ranking.measures["excess_nats"].value == [None] * 4
     assert {path.stem for path in plot_folder(folder)} == {"difficulty", "ranks", "agreement", "learning_curves"}
+
+
+def test_what_is_not_known_of_the_floor_and_of_other_seeds_is_said(tmp_path):
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((200, 2)) * [1, 0.2])
+    plan = replace(PLAN, network="mlp:width=8", seeds=(0,))
+    data, out = tmp_path / "rows.npy", tmp_path / "out"
+    ranking = measure(data, out=out, tasks=4, measures=["convergence"], plan=plan).ranking
+    said = " ".join(ranking.verdict)
+    assert "excess_nats, log_regret, paper_style_floor, power_law are taken over the best loss known" in said
+    assert "Only one seed was trained" in said
+    assert "survive" not in said
+    assert "holds" not in said
+    excess = ranking.measures["excess_nats"]
+    assert excess.note == "over the best loss known, so a lower bound"
+    assert ranking.measures["paper_style"].note == ""
+    assert excess.ci_low == excess.ci_high == [None] * 4
+    assert {path.stem for path in plot_folder(out)} == {"difficulty", "ranks", "agreement", "learning_curves"}
+    plt.close("all")
