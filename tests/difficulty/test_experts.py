@@ -125,7 +125,7 @@ def test_checkpoints_are_log_spaced_up_to_the_budget():
     ("change", "message"),
     [
         ({"budget": 10}, "ends before"),
-        ({"seeds": ()}, "seeds"),
+        ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 1)}, "different"),
         ({"batch": 0}, "batch must be positive"),
         ({"engine": "magic"}, "known are batched, vmap, loop"),
