@@ -43,22 +43,22 @@ def test_of_many_draws_a_check_takes_an_even_part(gaussian, process):
 
 @pytest.mark.parametrize(
     ("batch", "per_task", "first", "draws"),
-    # A tenth of the steps between two checks, each of which is worth three forward passes of the batch.
+    # A tenth of the steps between two checks, each of which is worth 1.5 forward passes of the batch.
     [
-        (64, 50, 5, 96),
-        (8, 50, 30, 72),  # five steps would pay for 12 draws
-        (8, 10, 15, 30),  # there are but 30
+        (128, 50, 5, 96),
+        (8, 50, 55, 66),  # five steps would pay for 6 draws
+        (8, 10, 25, 30),  # there are but 30
     ],
 )
 def test_checks_take_their_share_of_the_computation_and_come_less_often_rather_than_blind(
     gaussian, process, ranking, batch, per_task, first, draws
 ):
-    options = {"check_every": 5, "least": 5, "cost": 0.1}
+    options = {"check_every": 5, "least": 5, "cost": 0.1, "cap": 1.0}
     staged = make_curriculum(ranking, k=3, pacing="held-out", pacing_options=options)
-    plan = TrainPlan(steps=100, batch=batch, network="mlp:width=8")
+    plan = TrainPlan(steps=400, batch=batch, network="mlp:width=8")
     trainer = Trainer(gaussian, process, plan, staged)
     heldout = HeldOut(gaussian, process, staged.tasks, per_task=per_task)
-    while trainer.sampler.pacing.before is None:
+    while trainer.sampler.pacing.before is None and trainer.done < first:
         trainer.step()
         trainer.report_heldout(heldout)
     assert (trainer.done, len(trainer.sampler.pacing.before)) == (first, draws)
