@@ -35,7 +35,8 @@ from difficulty.agreement import agreement_table, rank_over_joint_floor
 from difficulty.convergence import DEFINITIONS
 from difficulty.datasets import load_dataset
 from difficulty.expert_plan import ExpertPlan
-from difficulty.measurement import convergence_estimates, measure
+from difficulty.measurement import measure
+from difficulty.measurement_folder import convergence_estimates
 from difficulty.probe import probe
 from difficulty.process import get_process
 from difficulty.randomness import stream

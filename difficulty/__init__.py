@@ -26,7 +26,8 @@ from difficulty.datasets import Dataset, load_dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan
-from difficulty.measurement import Measurement, measure, rank_folder
+from difficulty.measurement import Measurement, measure
+from difficulty.measurement_folder import rank_folder
 from difficulty.process import Process, from_arrays, get_process
 from difficulty.ranking import Ranking
 from difficulty.relative_entropy import kl

@@ -28,7 +28,7 @@ import pandas as pd
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.floors import FLOOR_FILE, joint_floor, over_floor, read_floor
-from difficulty.measurement import (
+from difficulty.measurement_folder import (
     check_config,
     convergence_estimates,
     rank_folder,

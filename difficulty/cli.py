@@ -177,7 +177,7 @@ def rank(folder: FolderArgument, /, floor_from: tuple[Path, ...] = (), json: boo
         json: print ranking.json on standard output.
     """
     from difficulty.agreement import rank_over_joint_floor
-    from difficulty.measurement import rank_folder
+    from difficulty.measurement_folder import rank_folder
 
     found = rank_over_joint_floor(folder, floor_from) if floor_from else rank_folder(folder)
     _print_ranking(found.model_dump(), json)

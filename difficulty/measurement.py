@@ -3,71 +3,40 @@
 A measurement folder holds run.json, process.csv, losses.csv, convergence.csv and stability.csv (experts),
 sample_quality.csv (samples with one expert each), relative_entropy.csv (marginals), ranking.json, and figures drawn
 from these files; where the floor is the best known loss, floor.npy holds it per held-out draw, so that another model
-can be compared with it draw by draw. ``rank_folder`` makes ranking.json again from the tables.
+can be compared with it draw by draw. `measurement_folder.py` reads them again and makes the ranking.
 """
 
-__all__ = ["MEASURES", "Measurement", "check_config", "measure", "rank_folder", "read_tables"]
+__all__ = ["MEASURES", "Measurement", "measure"]
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difficulty.convergence import (
-    CONVERGENCE_COLUMNS,
-    DEFINITIONS,
-    LOSS_COLUMNS,
-    best_known,
-    convergence_table,
-    loss_table,
-)
+from difficulty.convergence import best_known, convergence_table, loss_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
-from difficulty.expert_plan import LEAST_BUDGET, ExpertPlan
-from difficulty.expert_samples import QUALITY_COLUMNS, SampleQuality, quality_estimates
+from difficulty.expert_plan import ExpertPlan
+from difficulty.expert_samples import SampleQuality
 from difficulty.experts import ExpertCurves, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
+from difficulty.measurement_folder import SAMPLE_QUALITY, make_ranking
 from difficulty.process import Process, get_process
-from difficulty.process_file import read_process, write_process
-from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.process_file import write_process
+from difficulty.ranking import Ranking
 from difficulty.ranks import launched_ranks
-from difficulty.records import (
-    check_columns,
-    fingerprint_array,
-    finish_run,
-    read_run,
-    read_table,
-    start_run,
-    write_array,
-    write_table,
-)
+from difficulty.records import finish_run, read_table, start_run, write_array, write_table
 from difficulty.relative_entropy import ESTIMATORS, kl
-from difficulty.stability import STABILITY_COLUMNS, stability_sentences, stability_table, variants_of
+from difficulty.stability import stability_table
 from difficulty.tasks import Task, make_tasks
 
-SAMPLE_QUALITY = "sample-quality"
 PARTIAL_EXPERTS = "experts.partial.safetensors"
-# Definitions that refer to the floor, and what is said of them where it is no Bayes loss.
-OVER_THE_FLOOR = ("excess_nats", "log_regret", "paper_style_floor", "power_law")
-BEST_KNOWN = "over the best loss known, so a lower bound"
 # Progress of a stage by name: called with (stage, done, in all).
 StageProgress = Callable[[str, int, int], None]
-
-# How the columns of relative_entropy.csv become measures of a task; the value of a task is the mean over its pairs.
-ENTROPY_MEASURES: Mapping[str, tuple[str, str, str]] = {
-    "relative_entropy": ("kl", "nats per step", "mean KL(p_{t-1} || p_t) over the task; depends on the schedule"),
-    "relative_entropy_per_dlogsnr2": ("per_dlogsnr2", "nats per (d log-SNR)^2", "the same, free of the step length"),
-}
-
-
-ENTROPY_COLUMNS: Mapping[str, type] = {
-    "t": int, "log_snr": float, "kl": float, "ci_low": float, "ci_high": float, "per_dlogsnr2": float, "valid": bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,20 +117,11 @@ def measure(
     facts: dict[str, Any] = {}
     for stage in stages:
         facts |= stage(request)
-    ranking = _rank(out, run)
+    ranking = make_ranking(out, run)
     (out / PARTIAL_EXPERTS).unlink(missing_ok=True)
     finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1), **facts)
     tables = (_optional(out / f"{name}.csv") for name in ("losses", "convergence", "relative_entropy"))
     return ranks.share(Measurement(process, cut, ranking, *tables))
-
-
-def rank_folder(folder: Path) -> Ranking:
-    """Make ranking.json of a finished measurement again from its tables, and return it.
-
-    Raises:
-        InputError: if the folder is incomplete or a table is not readable.
-    """
-    return _rank(folder, read_run(folder, "measure"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,227 +200,6 @@ MEASURES: Mapping[str, Callable[[_Request], dict[str, Any]]] = {
     SAMPLE_QUALITY: _measure_experts,
     "relative-entropy": _measure_relative_entropy,
 }
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Digest(_Facts):
-    sha256: str
-
-
-class _ProcessFacts(_Digest):
-    T: int
-
-
-class _DataFacts(_Facts):
-    train: _Digest
-    heldout: _Digest
-
-
-class _ProbeFacts(_Facts):
-    """What reading a folder of ``difficulty probe`` again needs of its config."""
-
-    tasks: int
-    grid: str
-    process_fingerprint: _ProcessFacts
-    dataset_fingerprint: _DataFacts
-
-
-class _PlanFacts(_Facts):
-    budget: int = Field(ge=LEAST_BUDGET)
-    seeds: list[int] = Field(min_length=1)
-
-
-class _MeasureFacts(_ProbeFacts):
-    """The same of ``difficulty measure``."""
-
-    measures: list[Literal["convergence", "sample-quality", "relative-entropy"]] = Field(min_length=1)
-    plan: _PlanFacts
-    estimator: str
-
-
-def check_config(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The config in a run.json of ``difficulty measure`` or ``difficulty probe``.
-
-    Raises:
-        InputError: if a fact is missing or of another type.
-    """
-    facts: type[_ProbeFacts] = _MeasureFacts if run.get("kind") == "measure" else _ProbeFacts
-    try:
-        facts.model_validate(run.get("config"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("config", *first["loc"]))
-        raise InputError(f"{folder / 'run.json'} cannot be used, was it edited? {where}: {first['msg']}") from None
-    return run["config"]
-
-
-def read_tables(folder: Path, config: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The tables of a measurement by name, without ".csv".
-
-    Args:
-        folder: of the measurement.
-        config: of its run.json.
-
-    Raises:
-        InputError: if one is missing, malformed or incomplete.
-    """
-    measures, tasks, seeds = config["measures"], range(config["tasks"]), config["plan"]["seeds"]
-    wanted: dict[str, tuple[Mapping[str, type], Mapping[str, Iterable[Any] | None]]] = {}
-    if "convergence" in measures:
-        wanted["losses"] = LOSS_COLUMNS, {"task": tasks, "seed": seeds, "iteration": None}
-        wanted["convergence"] = CONVERGENCE_COLUMNS, {"task": tasks, "definition": DEFINITIONS}
-        stability = {"definition": DEFINITIONS, "variant": variants_of(seeds), "task": tasks}
-        wanted["stability"] = STABILITY_COLUMNS, stability
-    if SAMPLE_QUALITY in measures:
-        kinds = {name: str if name == "metric" else float for name in QUALITY_COLUMNS}
-        wanted["sample_quality"] = kinds, {"task": tasks, "seed": seeds, "iteration": None, "metric": None}
-    if "relative-entropy" in measures:
-        # The pair (0, 1) is never measured.
-        wanted["relative_entropy"] = ENTROPY_COLUMNS, {"t": range(2, config["process_fingerprint"]["T"] + 1)}
-    return {name: read_table(folder / f"{name}.csv", *asked) for name, asked in wanted.items()}
-
-
-def _rank(folder: Path, run: Mapping[str, Any]) -> Ranking:
-    config = check_config(run, folder)
-    process = read_process(folder, config["process_fingerprint"])
-    tasks = make_tasks(process, config["tasks"], config["grid"])
-    tables = read_tables(folder, config)
-    estimates: dict[str, Estimate] = {}
-    sources: dict[str, str] = {}
-    notes = []
-    if "convergence" in config["measures"]:
-        table = tables["convergence"]
-        known = "" if (tables["losses"]["floor_kind"] == "exact").all() else BEST_KNOWN
-        estimates |= convergence_estimates(table, len(tasks), known)
-        sources["convergence.csv"] = _digest(folder / "convergence.csv")
-        notes += _failures(table, tasks)
-        if len(config["plan"]["seeds"]) == 1:
-            notes.append(
-                "Only one seed was trained: how far another would lie is not known, so that no value of convergence "
-                "has an interval and nothing is told apart; train at least two."
-            )
-        if known:
-            notes.append(
-                f"No exact law is known: {', '.join(OVER_THE_FLOOR)} are taken over the best loss known, an upper "
-                "bound of the Bayes loss, and their intervals do not hold the distance to it."
-            )
-    if SAMPLE_QUALITY in config["measures"]:
-        estimates |= quality_estimates(tables["sample_quality"], config["plan"]["budget"], len(tasks))
-        sources["sample_quality.csv"] = _digest(folder / "sample_quality.csv")
-    if "relative-entropy" in config["measures"]:
-        estimates |= relative_entropy_estimates(tables["relative_entropy"], tasks)
-        sources["relative_entropy.csv"] = _digest(folder / "relative_entropy.csv")
-    ranking = rank_tasks(
-        estimates,
-        tasks,
-        process,
-        dataset=config["dataset_fingerprint"],
-        grid=config["grid"],
-        provenance={"kind": "experts", "plan": config["plan"], "estimator": config["estimator"], "sha256": sources}
-        | ({"floor_from": run["floor_from"]} if "floor_from" in run else {}),
-        notes=notes,
-    )
-    verdict = list(ranking.verdict)
-    if "convergence" in config["measures"]:
-        verdict += stability_sentences(tables["stability"], ranking.measures)
-    ranking = ranking.model_copy(update={"process": config["process_fingerprint"], "verdict": verdict})
-    ranking.save(folder / "ranking.json")
-    return ranking
-
-
-def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> list[str]:
-    """A sentence that names the tasks whose experts diverged, and one for those whose experts are stuck."""
-    missing = {
-        name: set(table[(table["definition"] == name) & table["value"].isna()]["task"])
-        for name in ("excess_nats", "paper_style")
-    }
-    # Of a stuck expert the excess is known; paper_style has no value for it, nor for a diverged one.
-    diverged, stuck = missing["excess_nats"], missing["paper_style"] - missing["excess_nats"]
-    found = []
-    for failed, what in ((diverged, "diverged"), (stuck, "are no better than a network that outputs zero (stuck)")):
-        if failed:
-            spans = ", ".join(f"{tasks[k].first}..{tasks[k].last}" for k in sorted(failed))
-            found.append(f"Experts of t {spans} {what}.")
-    return found
-
-
-def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "") -> dict[str, Estimate]:
-    """The definitions of convergence.csv as estimates of task difficulty.
-
-    Args:
-        table: convergence.csv.
-        tasks: their number.
-        floor_note: for the reader of the definitions that refer to the floor.
-
-    Raises:
-        InputError: if a column is missing or a definition does not have one row per task.
-    """
-    check_columns(table, CONVERGENCE_COLUMNS, "convergence.csv")
-    estimates = {}
-    for name, part in table.groupby("definition", sort=False):
-        part = part.sort_values("task")
-        if part["task"].tolist() != list(range(tasks)):
-            raise InputError(f"convergence.csv does not have one row per task for {name!r}; measure again")
-        estimates[str(name)] = Estimate(
-            unit=str(part["unit"].iloc[0]),
-            value=part["value"].to_numpy(dtype=np.float64),
-            ci_low=part["ci_low"].to_numpy(dtype=np.float64),
-            ci_high=part["ci_high"].to_numpy(dtype=np.float64),
-            log=part["scale"].iloc[0] == "log",
-            flagged=part["censored"].to_numpy(dtype=bool),
-            hardest_if_missing=True,
-            note=floor_note if name in OVER_THE_FLOOR else "",
-        )
-    return estimates
-
-
-def relative_entropy_estimates(table: pd.DataFrame, tasks: Sequence[Task]) -> dict[str, Estimate]:
-    """Mean over the valid pairs of each task, with its interval; a task with no valid pair has no value.
-
-    The errors of neighbouring pairs come from the same fit and are taken as fully correlated: the interval of the mean
-    is the mean of the intervals, which is the widest it can be.
-    """
-    table = table[table["valid"]]
-    # d log-SNR squared of a pair, to carry the interval of kl over to kl per (d log-SNR)^2.
-    step = table["kl"] / table["per_dlogsnr2"]
-    estimates = {}
-    for name, (column, unit, note) in ENTROPY_MEASURES.items():
-        scale = 1.0 if column == "kl" else step
-        rows = pd.DataFrame(
-            {
-                "t": table["t"],
-                "value": table[column],
-                "ci_low": table["ci_low"] / scale,
-                "ci_high": table["ci_high"] / scale,
-            }
-        )
-        means = np.full((3, len(tasks)), np.nan)
-        share = np.zeros(len(tasks))
-        for task in tasks:
-            # The pair named t = 1 is (0, 1), which is never measured.
-            pairs = task.last - max(task.first, 2) + 1
-            inside = rows[(rows["t"] >= task.first) & (rows["t"] <= task.last)]
-            if len(inside):
-                means[:, task.index] = inside[["value", "ci_low", "ci_high"]].mean().to_numpy()
-                share[task.index] = len(inside) / max(pairs, 1)
-        estimates[name] = Estimate(
-            unit=unit,
-            value=means[0],
-            ci_low=means[1],
-            ci_high=means[2],
-            log=True,
-            flagged=share < 0.5,
-            hardest_if_missing=False,
-            note=note + "; flagged where fewer than half of a task's pairs are valid",
-        )
-    return estimates
-
-
-def _digest(path: Path) -> str:
-    return fingerprint_array(np.frombuffer(path.read_bytes(), dtype=np.uint8))["sha256"]
 
 
 def _optional(path: Path) -> pd.DataFrame | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from difficulty.measurement import check_config, read_tables
+from difficulty.measurement_folder import check_config, read_tables
 from difficulty.process import Array
 from difficulty.ranking import MeasureRanking, Ranking
 from difficulty.records import read_run, read_table, write_bytes

@@ -5,7 +5,7 @@ import pytest
 from learning_curves import BUDGET, exponential, losses_of
 
 from difficulty.convergence import convergence_table
-from difficulty.measurement import convergence_estimates
+from difficulty.measurement_folder import convergence_estimates
 from difficulty.process import get_process
 from difficulty.ranking import rank_tasks
 from difficulty.stability import stability_sentences, stability_table
