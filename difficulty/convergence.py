@@ -338,25 +338,25 @@ def convergence_table(losses: pd.DataFrame, budget: int, siblings: pd.DataFrame 
         InputError: if a column is missing.
     """
     curves = LearningCurves.from_table(losses, budget)
-    others = curves if siblings is None else LearningCurves.from_table(siblings, budget)
-    parts = [
-        summary_over_seeds(name, definition(curves), curves, definition(others).value)
-        for name, definition in DEFINITIONS.items()
-    ]
+    others = None if siblings is None else LearningCurves.from_table(siblings, budget)
+    parts = []
+    for name, definition in DEFINITIONS.items():
+        values = definition(curves)
+        parts.append(summary_over_seeds(name, values, curves, values if others is None else definition(others)))
     return pd.concat(parts, ignore_index=True)
 
 
-def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, siblings: Array) -> pd.DataFrame:
+def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, siblings: SeedValues) -> pd.DataFrame:
     """The rows of one definition in convergence.csv: mean over seeds on the definition's scale, interval, censoring.
 
     Args:
         name: of the definition.
         values: of the seeds in question.
         curves: of the same seeds.
-        siblings: values (S', K) of the seeds whose variance is that of the seeds; may be the same.
+        siblings: of the seeds that say how much seeds differ; may be the same.
     """
     centre = values.value.mean(0)
-    variance, degrees = _seed_variance(siblings)
+    variance, degrees = _seed_variance(siblings.value)
     sd = np.sqrt(variance / len(values.value) + values.draw_sd**2)
     half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
     back = np.exp if values.log else np.asarray

@@ -163,7 +163,7 @@ def quality_estimates(table: pd.DataFrame, budget: int, tasks: int) -> dict[str,
     above = distance - rows["perfect"].iloc[0]
     curves = LearningCurves(iterations, distance, above, np.zeros_like(above), above[..., 0].mean(0))
     values = paper_style(curves)
-    found = summary_over_seeds("sample_quality", values, curves, values.value)
+    found = summary_over_seeds("sample_quality", values, curves, values)
     value, low, high = (found[name].to_numpy(dtype=np.float64) for name in ("value", "ci_low", "ci_high"))
     return {
         "sample_quality": Estimate(
