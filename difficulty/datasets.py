@@ -22,7 +22,7 @@ import torch
 
 from difficulty.errors import InputError
 from difficulty.files import ARRAY_SUFFIXES, read_array_file
-from difficulty.large import ImageFolder, Large, Rows, open_large
+from difficulty.large import ImageFolder, Large, Rows, open_large, whole_labels
 from difficulty.laws import GaussianMixture, Law, Ring
 from difficulty.laws import gaussian as gaussian_law
 from difficulty.records import fingerprint_array
@@ -175,15 +175,14 @@ def split_samples(name: str, samples: npt.NDArray[Any], **facts: Any) -> Dataset
     held = max(round(HELDOUT_SHARE * len(samples)), 1)
     train, heldout = order[held:], order[:held]
     labels, captions = facts.pop("labels", None), facts.pop("captions", None)
-    if labels is not None and np.asarray(labels).dtype.kind not in "biu":
-        raise InputError(f"{name} has labels of type {np.asarray(labels).dtype}; they must be whole numbers")
+    labels = None if labels is None else whole_labels(np.asarray(labels), name)
     tensor = torch.from_numpy(samples)
     return Dataset(
         name,
         tensor[train],
         tensor[heldout],
-        labels=None if labels is None else torch.as_tensor(np.asarray(labels)[train], dtype=torch.int64),
-        heldout_labels=None if labels is None else torch.as_tensor(np.asarray(labels)[heldout], dtype=torch.int64),
+        labels=None if labels is None else torch.from_numpy(labels[train]),
+        heldout_labels=None if labels is None else torch.from_numpy(labels[heldout]),
         captions=None if captions is None else tuple(captions[i] for i in train),
         heldout_captions=None if captions is None else tuple(captions[i] for i in heldout),
         **facts,

@@ -267,7 +267,7 @@ class Table:
         # Undecoded, so that a picture is read as everywhere else; other columns are not touched.
         self.table = table.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
         known = table.features
-        self.labels = _whole(np.asarray(table["label"]), f"hf:{name}") if "label" in known else None
+        self.labels = whole_labels(np.asarray(table["label"]), f"hf:{name}") if "label" in known else None
         self.captions = [str(text) for text in table["text"]] if "text" in known else None
         self.fingerprint = str(table._fingerprint)
 
@@ -368,8 +368,12 @@ def _decoded(content: bytes, kind: str, name: str) -> Pixels:
     return scaled[None] if scaled.ndim == 2 else np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
 
-def _whole(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:
-    """Labels as int64, or an InputError that says what they are instead."""
+def whole_labels(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:
+    """Labels as int64.
+
+    Raises:
+        InputError: if they are no whole numbers.
+    """
     if labels.dtype.kind not in "biu":
         raise InputError(f"{name} has labels of type {labels.dtype}; they must be whole numbers, one per sample")
     return labels.astype(np.int64)
