@@ -2,8 +2,8 @@
 
 Rank 1 is the easiest task, rank K the hardest. A rank interval is the 90 % bootstrap interval of the rank. Neighbours
 in rank are told apart where replicates reverse their order in so few cases that the two-sided test holds at 95 % for
-all neighbours together (Holm 1979); a task whose value is only a bound is told apart from none. Measures are compared
-by Kendall's tau.
+all neighbours together (Holm 1979); a task whose value is only a bound is told apart from none, unless it is a lower
+bound of a value above the others. Measures are compared by Kendall's tau.
 """
 
 __all__ = ["Estimate", "MeasureRanking", "Ranking", "RankingTask", "TauBetween", "rank_tasks"]
@@ -183,6 +183,11 @@ class Estimate:
         """The value per task, +inf where missing means hardest."""
         return np.where(np.isnan(self.value) & self.hardest_if_missing, np.inf, self.value)
 
+    @property
+    def end_not_seen(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) whose value is a lower bound: its interval is open above."""
+        return np.isfinite(self.value) & np.isfinite(self.ci_low) & np.isnan(self.ci_high)
+
     def replicates(self, count: int, rng: np.random.Generator) -> Array:
         """Values (count, K) as they might have come out: normal about the value on the interval's own scale.
 
@@ -200,7 +205,7 @@ class Estimate:
         if anywhere.any():
             sd[anywhere] = 1e6 * (1.0 + np.ptp(centre[np.isfinite(centre)]))
         drawn = centre + sd * rng.standard_normal((count, len(centre)))
-        drawn = np.where(known[0] & np.isnan(self.ci_high) & np.isfinite(centre), np.inf, drawn)
+        drawn = np.where(self.end_not_seen, np.inf, drawn)
         return np.where(np.isnan(centre), np.inf if self.hardest_if_missing else np.nan, drawn)
 
 
@@ -313,8 +318,9 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     tau, low, high = with_interval(float(kendall(centre[ranked], -position)), kendall(replicates[:, ranked], -position))
     if np.isnan(tau):
         return f"{name}: no task was learned, so that none can be told from another; use a larger budget."
-    # Of a task whose value is a bound it is not known how hard or easy it is, unless it was not learned at all.
-    named = [index for index in order if not estimate.flagged[index] or np.isinf(centre[index])] or order.tolist()
+    # How easy a task is whose value is an upper bound is not known.
+    named = order[~estimate.flagged[order] | _surely_hard(estimate)[order]]
+    named = named if len(named) else order
     hardest, easiest = tasks[named[-1]], tasks[named[0]]
     without = ", ".join(f"{task.first}..{task.last}" for task in tasks if np.isnan(centre[task.index]))
     apart = int(_told_apart(order, estimate, replicates).sum())
@@ -375,12 +381,17 @@ def _told_apart(order: npt.NDArray[np.int64], estimate: Estimate, replicates: Ar
     # One more than was counted: of so many replicates none is no zero.
     p = np.minimum(1.0, 2 * ((easier >= harder).sum(0) + 1) / (len(replicates) + 1))
     known = ~estimate.flagged
-    p[~(known[order[:-1]] & (known[order[1:]] | np.isinf(estimate.centre[order[1:]])))] = 1.0
+    p[~(known[order[:-1]] & (known | _surely_hard(estimate))[order[1:]])] = 1.0
     steps = np.argsort(p)
     passed = np.minimum.accumulate(p[steps] * np.arange(len(p), 0, -1) <= 1 - TOLD_APART)
     apart = np.zeros(len(p), dtype=bool)
     apart[steps] = passed
     return apart
+
+
+def _surely_hard(estimate: Estimate) -> npt.NDArray[np.bool_]:
+    """Tasks (K,) that were not learned, or whose value is at least what is stated."""
+    return np.isinf(estimate.centre) | estimate.end_not_seen
 
 
 def _groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> list[str]:

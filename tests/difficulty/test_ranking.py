@@ -187,7 +187,9 @@ def test_tasks_whose_end_was_not_seen_share_the_hardest_places():
         "iterations", value, tables.ci_low, np.where(value == 8, np.nan, tables.ci_high), True, value == 8,
         hardest_if_missing=True,
     )  # fmt: skip
-    measure = ranking_of(m=open_above).measures["m"]
+    ranking = ranking_of(m=open_above)
+    measure = ranking.measures["m"]
+    assert "hardest t 901..1000, easiest t 1..100; 7 of 9 neighbours" in ranking.verdict[0]
     assert [(measure.rank_low[k], measure.rank_high[k]) for k in (7, 8, 9)] == [(8, 10)] * 3
 
 
