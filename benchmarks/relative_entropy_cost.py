@@ -54,26 +54,22 @@ def main() -> None:
     options = parser.parse_args()
     config = {"data": list(options.data), "threads": options.threads}
     run = start_run(options.out, "relative-entropy-cost", config)
-    rows = []
-    for name in options.data:
-        data = load_dataset(name)
-        with tempfile.TemporaryDirectory() as folder:
-            seconds, peak = timed(["kl", name, "--process", "vp-linear", "--out", folder], options.threads)
-            table = pd.read_csv(Path(folder) / "relative_entropy.csv")
-        facts = {"samples": len(data.train), "dimensions": data.dim, "pairs": len(table)}
-        rows.append({"command": "kl", "data": name, **facts, "valid": table["valid"].mean(), "seconds": seconds,
-                     "peak_gib": peak})  # fmt: skip
-        print(pd.DataFrame(rows[-1:]).to_string(index=False), flush=True)
+    commands = [("kl", name, ["--process", "vp-linear"], "relative_entropy.csv") for name in options.data]
     if PROFILED in options.data:
+        commands.append(("profile", PROFILED, ["--for-process", *PROCESSES], "kl-*.csv"))
+    rows = []
+    for command, name, more, tables in commands:
         with tempfile.TemporaryDirectory() as folder:
-            seconds, peak = timed(["profile", PROFILED, "--for-process", *PROCESSES, "--out", folder], options.threads)
-            tables = [pd.read_csv(path) for path in Path(folder).glob("kl-*.csv")]
-        facts = {name: rows[list(options.data).index(PROFILED)][name] for name in ("samples", "dimensions")}
-        rows.append({"command": "profile", "data": PROFILED, **facts, "pairs": sum(map(len, tables)),
-                     "valid": pd.concat(tables)["valid"].mean(), "seconds": seconds, "peak_gib": peak})  # fmt: skip
+            seconds, peak = timed([command, name, *more, "--out", folder], options.threads)
+            pairs = pd.concat([pd.read_csv(path) for path in Path(folder).glob(tables)])
+        data = load_dataset(name)
+        rows.append({
+            "command": command, "data": name, "samples": len(data.train), "dimensions": data.dim, "pairs": len(pairs),
+            "valid": pairs["valid"].mean(), "seconds": seconds, "peak_gib": peak,
+        })  # fmt: skip
         print(pd.DataFrame(rows[-1:]).to_string(index=False), flush=True)
     write_table(options.out / "cost.csv", pd.DataFrame(rows).round(3))
-    finish_run(options.out, run, command=f"python benchmarks/relative_entropy_cost.py --threads {options.threads}")
+    finish_run(options.out, run, command=shlex.join(["python", "benchmarks/relative_entropy_cost.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
