@@ -250,3 +250,12 @@ def test_resumed_sampler_knows_the_base_density_of_its_step(process, one_cluster
     for step in range(50, 100):
         assert (first.sample(8, step=step)[0] == second.sample(8, step=step)[0]).all()
     assert first.log() == second.log()
+
+
+@pytest.mark.parametrize("power", [0, 3, 30])
+def test_draws_are_the_inverse_of_the_distribution_also_where_a_density_is_very_skewed(power):
+    process = get_process("vp-linear")
+    table = np.concatenate([[0.0], np.arange(1, 1001.0) ** power])
+    sampler = TimestepSampler(process, budget=10, base_density=table / table.sum())
+    u = np.concatenate([np.random.default_rng(0).random(20_000), sampler.cdf[sampler.cdf < 1], [0.0, 1 - 2**-53]])
+    assert np.array_equal(sampler._t_at(u), sampler.cdf.searchsorted(u, side="right"))
