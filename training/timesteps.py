@@ -164,8 +164,7 @@ class TimestepSampler:
         """min { t : F(t) > u } of numbers in [0, 1), shape (n,)."""
         t = self.t_of_cell.take((u * CELLS).astype(np.int64))
         late = (self.cdf.take(t) <= u).nonzero()[0]
-        if late.size:
-            t[late] = self.cdf.searchsorted(u[late], side="right")
+        t[late] = self.cdf.searchsorted(u[late], side="right")
         return t
 
     def _warn_if_stuck(self, step: int) -> None:
