@@ -237,6 +237,8 @@ def _run_all(
     """Run the jobs that have no file yet, and write the file of each."""
     pending = [job for job in jobs if not job.file.exists()]
     done = before + len(jobs) - len(pending)
+    if progress and pending:  # the first group may take a minute
+        progress(f"{pending[0].arm} seed {pending[0].seed}", done, total)
     for group, results in runner(group_jobs(plan, pending, max(workers, 1))):
         for job, result in zip(group, results, strict=True):
             write_json(job.file, result)

@@ -258,9 +258,12 @@ def exposure(folder: Path) -> "Figure":
         edges = np.append(own["t_first"] - 1, own["t_last"].iloc[-1])
         ax.stairs(own["relative"], edges, fill=True, color=COLOURS[0], alpha=0.7)
         ax.axhline(1, color="black", lw=0.8)
-        ax.set_yscale("log")
-    floor = float(table.loc[table["relative"] > 0, "relative"].min())
-    axes[0].set_ylim(max(0.8 * floor, 0.02), 1.3 * float(table["relative"].max()))
+    floor, top = float(table.loc[table["relative"] > 0, "relative"].min()), float(table["relative"].max())
+    if top < 4 * floor:  # a range without two ticks on a logarithmic axis
+        axes[0].set_ylim(0, 1.1 * top)
+    else:
+        axes[0].set_yscale("log")
+        axes[0].set_ylim(max(0.8 * floor, 0.02), 1.3 * top)
     figure.supxlabel("t (noise grows to the right)", fontsize=9)
     figure.supylabel("samples of t, uniform = 1", fontsize=9)
     figure.suptitle("Exposure: how often each t was trained over the whole run", fontsize=9)

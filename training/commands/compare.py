@@ -77,8 +77,8 @@ def compare(
 
     def progress(what: str, done: int, total: int) -> None:
         bar.total = total
-        bar.set_postfix_str(what, refresh=False)
         bar.update(done - bar.n)
+        bar.set_postfix_str(what)
 
     table = compare_arms(
         dataset,
