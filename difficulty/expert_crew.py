@@ -229,6 +229,6 @@ def _training_draws(
     for seed in seeds:
         rows.append(integers(len(train), batch, counter, seed, step, 0))
         noise.append(normal((batch, *train.shape[1:]), counter, seed, step, 1))
-        u.append(uniform((batch,), counter, seed, step, 2))
+        u.append(torch.from_numpy(uniform((batch,), counter, seed, step, 2)))
     x0 = train[torch.stack(rows).to(train.device)]
     return x0, torch.stack(noise).to(train.device), torch.stack(u).to(train.device)

@@ -41,9 +41,9 @@ def normal(shape: tuple[int, ...], *counters: int) -> torch.Tensor:
     return torch.from_numpy(_borrowed(counters).standard_normal(shape, dtype=np.float32))
 
 
-def uniform(shape: tuple[int, ...], *counters: int) -> torch.Tensor:
-    """Uniform float64 numbers in [0, 1) of the stream named by the counters."""
-    return torch.from_numpy(_borrowed(counters).random(shape))
+def uniform(shape: tuple[int, ...], *counters: int) -> npt.NDArray[np.float64]:
+    """Uniform float64 numbers in [0, 1) of the stream named by the counters; an array, as t is drawn by numpy."""
+    return _borrowed(counters).random(shape)
 
 
 def integers(below: int, count: int, *counters: int) -> torch.Tensor:

@@ -166,7 +166,7 @@ class HeldOut(Pacing):
         least: int = 100,
         most: int = 0,
         cap: float = 0.5,
-        cost: float = 0.01,
+        cost: float = 0.005,
     ) -> None:
         super().__init__(stages, budget)
         if check_every < 1 or least < 0 or most < 0 or not (0 < cap <= 1 and 0 < cost <= 1):

@@ -151,7 +151,7 @@ class TimestepSampler:
         self.advance(step)
         self._warn_if_stuck(step)
         # Each rank draws the whole global batch, logs it, and takes its part: two ranks train and log as one would.
-        u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0).numpy()
+        u = uniform((batch * world,), self.seed, TIMESTEPS, step, 0)
         if self.stratified:
             u = (np.arange(batch * world) + u) / (batch * world)
         whole = self._t_at(u)

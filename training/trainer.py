@@ -249,7 +249,7 @@ class Trainer:
         if self.conditioning is None:
             return None
         dropped = uniform((self.plan.batch,), self.plan.seed, LABELS, step, 0)[mine] < self.plan.condition_dropout
-        return self.conditioning.train(rows, dropped).to(self.device)
+        return self.conditioning.train(rows, torch.from_numpy(dropped)).to(self.device)
 
     def report_heldout(self, heldout: HeldOut) -> None:
         """Give the pacing rule its held-out losses if it wants them after this iteration.
@@ -270,9 +270,11 @@ class Trainer:
         own = torch.arange(self.rank * size, (self.rank + 1) * size) % len(t)
         told = None if condition is None else condition[own].to(self.device)
         part = (x0[own].to(self.device), eps[own].to(self.device), t[own].to(self.device))
-        self.denoiser.eval()
+        if self.draws:  # for others the two walks through the modules are a tenth of a check
+            self.denoiser.eval()
         losses = eval_losses(self.denoiser, *part, told)
-        self.denoiser.train()
+        if self.draws:
+            self.denoiser.train()
         self.sampler.update_heldout(self.parallel.gather(losses)[: len(t)].cpu().double().tolist())
 
     @torch.no_grad()
