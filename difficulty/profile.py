@@ -15,6 +15,7 @@ __all__ = ["PROFILE_COLUMNS", "Profile", "measure_profile"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from difficulty.intervals import Z90
 from difficulty.laws import GaussianMixture
 from difficulty.process import Process, from_arrays, get_process
 from difficulty.records import check_columns, read_table
-from difficulty.relative_entropy import one_thread
 from difficulty.relative_entropy.auto import candidates
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import law_draws, time_scores
@@ -37,6 +37,7 @@ from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.threads import one_thread_each, together
 
 Array = npt.NDArray[np.float64]
 
@@ -155,8 +156,9 @@ def measure_profile(
         raise InputError(f"a profile needs a falling log-SNR range and at least 5 points, got {log_snr} and {points}")
     dataset = load_dataset(data)
     tau = -0.5 * np.linspace(clean, noisy, points)
-    settings = Settings(samples, bootstrap, seed, progress or (lambda done, total: None))
-    with one_thread():
+    silent = progress or (lambda done, total: None)
+    with one_thread_each() as threads:
+        settings = Settings(samples, bootstrap, seed, silent, threads=threads)
         values, errors, reason = (_of_law if dataset.law else _of_sample)(dataset, tau, settings)
     table = pd.DataFrame({"log_snr": -2 * tau})
     # Refits to halves know their own spread only roughly: Student's quantile.
@@ -179,10 +181,7 @@ def _of_law(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array, Ar
     assert law is not None
     if isinstance(law, GaussianMixture) and len(law.means) == 1:
         block = GaussianBlock(law.eigenvalues[0].numpy(), law.rotated_means[0].numpy())
-        moments = block.profile(tau, 0, 0)
-        beta = moments[:, 1] / moments[:, 2]
-        extra = np.stack([block.residual(tau, beta, 0, 0), block.mmse(tau, 0, 0), 1 + beta], 1)
-        values = np.concatenate([moments, extra], 1)
+        values = _with_lag(np.column_stack([block.profile(tau, 0, 0), block.mmse(tau, 0, 0)]))
         return values, np.zeros_like(values), np.full(len(tau), "", dtype=object)
     x0, eps = law_draws(law, settings.samples, settings.seed)
     flow, dilation = time_scores(law, tau, x0, eps)
@@ -206,14 +205,18 @@ def _of_sample(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array,
     judge.estimate()
     reason = judge.fit_reasons
     if sample.rank == 0:
-        moments = judge.null.profile(tau, 0, 0)
-        rest = np.zeros((len(tau), 2))
-        whole = np.concatenate([moments, rest + 1e-300 * np.eye(1, 2)], 1)
-        values = np.concatenate([whole, (1 + whole[:, 1] / whole[:, 2])[:, None]], 1)
+        rates = judge.null.profile(tau, 0, 0)
+        rates[:, 3] = 1e-300
+        values = _with_lag(np.column_stack([rates, np.zeros(len(tau))]))
         return values, np.zeros_like(values), reason
-    whole = _with_lag(judge.moments())
-    splits = range(len(judge.halves))
-    halves = np.stack([np.stack([_with_lag(judge.moments(split, side)) for side in (0, 1)]) for split in splits])
+
+    def measured(split: int | None = None, half: int = 0) -> Array:
+        fits = judge.chosen_fits(split, half)
+        return _with_lag(np.column_stack([judge.rates(fits), judge.mmse(fits)]))
+
+    whole = measured()
+    parts = [partial(measured, split, half) for split in range(len(judge.halves)) for half in (0, 1)]
+    halves = np.stack(together(parts, settings.threads)).reshape(-1, 2, *whole.shape)
     spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
     bias = halves.mean((0, 1)) - whole
     # Half the data have twice the bias: what they show beyond the whole is what the whole shows beyond the truth.

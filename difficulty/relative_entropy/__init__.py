@@ -1,15 +1,13 @@
 """Relative entropy between the marginals of neighbouring noise levels, KL(p_from || p_t), with its uncertainty."""
 
-__all__ = ["COLUMNS", "ESTIMATORS", "choose_estimator", "kl", "one_thread"]
+__all__ = ["COLUMNS", "ESTIMATORS", "choose_estimator", "kl"]
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
@@ -20,6 +18,7 @@ from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.estimators import ESTIMATORS
 from difficulty.relative_entropy.pairs import EXCLUDED_FIRST, Pairs, make_pairs, upper_bound
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.threads import one_thread_each
 
 COLUMNS = (
     "t_from", "t", "log_snr", "kl", "se", "ci_low", "ci_high", "kl_reverse", "per_dlogsnr2", "fisher_rao", "i_min",
@@ -79,8 +78,9 @@ def kl(
     table["estimator"], table["valid"], table["reason"] = "none", False, EXCLUDED_FIRST
     if len(inside):
         rows = wanted.take(inside)
-        settings = Settings(samples, bootstrap, seed, progress or (lambda done, total: None), trained, process)
-        with one_thread():
+        silent = progress or (lambda done, total: None)
+        with one_thread_each() as threads:
+            settings = Settings(samples, bootstrap, seed, silent, trained, process, threads)
             table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table
 
@@ -93,20 +93,6 @@ def choose_estimator(
     if model is not None and name != "score":
         raise InputError(f"a model serves estimator 'score' only, not {name!r}; leave one of the two away")
     return run
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread: the matrices are many and small, and threads that wait for each other cost more than they bring."""
-    from threadpoolctl import threadpool_limits
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _fill(table: pd.DataFrame, rows: np.ndarray, pairs: Pairs, found: Estimate, dataset: Dataset) -> pd.DataFrame:

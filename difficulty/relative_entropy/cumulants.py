@@ -32,6 +32,7 @@ __all__ = ["DRAWS", "lacking"]
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor
 
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.threads import together
 
 Array = npt.NDArray[np.float64]
 
@@ -50,7 +52,7 @@ MOST_ROWS, CHUNK = 3000, 512
 
 
 def lacking(
-    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool
+    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool, threads: int = 1
 ) -> Array:
     """Relative entropy that the cumulants of the rows have and those of a fit do not, nats, and its error, (m, 2).
 
@@ -62,6 +64,7 @@ def lacking(
         eigenvalues: variances of the rows along the axes, shape (r,).
         pairs: m pairs of noise levels.
         gaussian: whether the fit is Gaussian and has no such cumulants.
+        threads: levels side by side.
     """
     x, *references = (_standard(part, eigenvalues) for part in (rows, *drawn))
     square, *expected_squares = (part**2 for part in (x, *references))
@@ -72,11 +75,15 @@ def lacking(
         return found
     first, second, reference = (part[:MOST_ROWS] for part in (x, *references[:2]))
     other = None if gaussian else reference
-    for j, total in zip(finite, totals, strict=True):
+
+    def beyond(j: int, total: Array) -> tuple[float, float]:
         w = 2 * math.exp(2 * pairs.tau[j]) / total * pairs.dtau[j] + pairs.dlog_alpha[j]
         value, error = _norms(first, other, eigenvalues / total, w, total)
         excess, its_error = _norms(second, other, eigenvalues / total, w, total)
-        found[j] = value - excess, math.hypot(error, its_error)
+        return value - excess, math.hypot(error, its_error)
+
+    levels = zip(finite.tolist(), totals, strict=True)
+    found[finite] = together([partial(beyond, *level) for level in levels], threads)
     return found
 
 
@@ -107,13 +114,15 @@ def _norm_squared(k: int, rows: list[Array], covariance: Array) -> tuple[float, 
     sides = [_side(torch.from_numpy(part).float(), c) for part in rows]
     n, total, square = len(rows[0]), 0.0, 0.0
     for first in range(0, n, CHUNK):
-        kernel = torch.zeros(len(rows[0][first : first + CHUNK]), n)
+        kernel = torch.zeros(len(rows[0][first : first + CHUNK]), n - first)
         for a, b in itertools.product(sides, sides):
-            part = _kernel(k, tuple(value[first : first + CHUNK] for value in a), b, c)
+            left, right = tuple(value[first : first + CHUNK] for value in a), tuple(value[first:] for value in b)
+            part = _kernel(k, left, right, c)
             kernel += part if a is b else -part
-        kernel.diagonal(first).zero_()
-        total += float(kernel.double().sum())
-        square += float(kernel.square().double().sum())
+        # It is symmetric: what lies above the diagonal stands for all.
+        kernel.triu_(1)
+        total += 2 * float(kernel.double().sum())
+        square += 2 * float(kernel.square().double().sum())
     pairs = n * (n - 1)
     return total / pairs, math.sqrt(2 * square) / pairs
 

@@ -15,7 +15,6 @@ from difficulty.process import Process
 Array = npt.NDArray[np.float64]
 
 
-
 @dataclass(frozen=True)
 class Settings:
     """Arguments common to the estimators.
@@ -27,6 +26,7 @@ class Settings:
         progress: called with (done, total).
         model: a trained denoiser for the score estimator; without one it trains its own.
         process: the forward process of the pairs, which a trained denoiser must share.
+        threads: steps that may run side by side (`threads`).
     """
 
     samples: int
@@ -35,6 +35,7 @@ class Settings:
     progress: Callable[[int, int], None]
     model: TrainedModel | None = None
     process: Process | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,10 +24,11 @@ from difficulty.errors import InputError
 from difficulty.laws import GaussianMixture, Law, Ring, Scales
 from difficulty.randomness import torch_generator
 from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
-from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, gaussian_residual
+from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.rates import add_rates, rates_of_scores
 
 Array = npt.NDArray[np.float64]
 
@@ -68,8 +69,7 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         kl, kl_reverse = gaussian_kl(pairs, values, mean), gaussian_kl(pairs, values, mean, reverse=True)
         se = np.zeros(m)
         tau = np.minimum(pairs.tau, TAU_AT_INFINITY)
-        profile = gaussian_profile(tau, values, mean)
-        i_min = gaussian_residual(tau, profile[:, 1] / profile[:, 2], values, mean)
+        i_min = gaussian_profile(tau, values, mean)[:, 3]
     elif isinstance(law, GaussianMixture) and law.dim == 1:
         kl, kl_reverse, i_min = _integrated(law, pairs, lambda scales: _points(law, scales), 0)
         se = np.zeros(m)
@@ -98,11 +98,8 @@ def _integrated(law: Law, pairs: Pairs, rule: Rule, codimension: int) -> tuple[A
         tau, s = pairs.tau[[i]], float(np.exp(pairs.tau[i]))
         x, w = rule((1.0, s))
         flow, dilation = law.time_score_parts(x, 1.0, s)
-        # Both have mean 0, so that moments of independent parts add up.
-        _, mixed, square = gaussian_profile(tau, null, null)[0]
-        beta = ((w * flow * dilation).sum() + mixed) / ((w * dilation.square()).sum() + square)
-        own = float((w * (flow - beta * dilation).square()).sum())
-        rates[i] = own + float(gaussian_residual(tau, beta.numpy()[None], null, null)[0])
+        own = rates_of_scores(flow[None], dilation[None], w)
+        rates[i] = add_rates([own, gaussian_profile(tau, null, null)])[0, 3]
     kl, kl_reverse = np.array(out).T
     return kl + gaussian_kl(pairs, null, null), kl_reverse + gaussian_kl(pairs, null, null, reverse=True), rates
 
@@ -148,9 +145,8 @@ def kl_of_law(
     forward, backward = log_ratios(law, pairs, x0, eps, settings)
     (kl, se), (kl_reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
     flow, dilation = time_scores(law, pairs.tau, x0, eps)
-    beta = (flow * dilation).mean(1, keepdim=True) / dilation.square().mean(1, keepdim=True)
-    i_min = (flow - beta * dilation).square().mean(1)
-    return kl.numpy(), se.numpy(), kl_reverse.numpy(), i_min.numpy()
+    i_min = rates_of_scores(flow, dilation, 1 / len(x0))[:, 3]
+    return kl.numpy(), se.numpy(), kl_reverse.numpy(), i_min
 
 
 def log_ratios(law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 __all__ = ["MOST_AXES", "Candidate", "Plan", "fit_candidate", "has_independent_axes", "leading_axes"]
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,14 +250,11 @@ def independent_axes(rows: Array, counts: Array, seed: int) -> Array:
 def _unmix(rows: Array, counts: Array, seed: int) -> tuple[Array, Array]:
     """Directions of the independent components as unit columns (d, d), and the components (n, d)."""
     from sklearn.decomposition import FastICA
-    from sklearn.exceptions import ConvergenceWarning
 
     values, axes = _principal(rows, counts)
     scale = np.sqrt(values)
     white = (rows - np.average(rows, axis=0, weights=counts)) @ axes / scale
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed)
-        sources = fit.fit_transform(white)
+    fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed)
+    sources = fit.fit_transform(white)
     mixing = (axes * scale) @ fit.components_.T
     return mixing / np.linalg.norm(mixing, axis=0), sources

@@ -7,10 +7,10 @@ A fit is a product of blocks, so its relative entropies, time scores and log-den
 ``families`` says how a block is fitted to rows.
 """
 
-__all__ = ["Block", "Fit", "GaussianBlock", "MixtureBlock", "ProductBlock", "null_block"]
+__all__ = ["Block", "Fit", "GaussianBlock", "Measured", "MixtureBlock", "ProductBlock", "null_block"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from difficulty.laws import GaussianMixture
 from difficulty.randomness import torch_generator
-from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile, gaussian_residual
+from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.rates import add_rates, rates_of_scores
 from difficulty.relative_entropy.sample import Sample
 
 Array = npt.NDArray[np.float64]
@@ -61,11 +62,7 @@ class Block(ABC):
 
     @abstractmethod
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
-        """A, B, C of F5 at tau = log s, shape (m, 3)."""
-
-    @abstractmethod
-    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        """E[(F - beta q)^2], shape (m,): with beta = B/C the rate I_min, free of the cancellation in A - B^2/C."""
+        """A, B, C, I_min of F5 at tau = log s, shape (m, 4)."""
 
     @abstractmethod
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
@@ -105,9 +102,6 @@ class GaussianBlock(Block):
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         return gaussian_profile(tau, self.eigenvalues, self.mean)
-
-    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        return gaussian_residual(tau, beta, self.eigenvalues, self.mean)
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
         s2 = np.exp(2 * tau)[:, None]
@@ -175,18 +169,12 @@ class MixtureBlock(Block):
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
         x0, eps, weight = self._draw(samples, seed)
         flow, dilation, _ = self.evaluate(x0, eps, tau)
-        products = torch.stack([flow.square(), flow * dilation, dilation.square()])
-        return (products * weight).mean(2).T.numpy()
-
-    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        x0, eps, weight = self._draw(samples, seed)
-        flow, dilation, _ = self.evaluate(x0, eps, tau)
-        return ((flow - torch.from_numpy(beta)[:, None] * dilation).square() * weight).mean(1).numpy()
+        return rates_of_scores(flow, dilation, weight / len(weight))
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
         x0, eps, weight = self._draw(samples, seed)
-        traces = [(self.law.posterior_trace(x0 + s * eps, 1.0, float(s)) * weight).mean() for s in np.exp(tau)]
-        return np.array([float(trace) for trace in traces])
+        traces = torch.cat([kernel.posterior_trace(tau) for kernel in self._kernels(x0, eps)], 1)
+        return (traces * weight).mean(1).numpy()
 
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
@@ -238,11 +226,14 @@ class ProductBlock(Block):
         return self._quadrature(pairs.first, pairs.second)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
-        # Independent axes: the mean of each score is zero, so second moments add.
-        return self._second_moments(tau, lambda i, f, q: (f**2, f * q, q**2))
-
-    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        return self._second_moments(tau, lambda i, f, q: ((f - beta[i] * q) ** 2,))[:, 0]
+        nodes, node_weights = self._hermite()
+        w = (self.weights[..., None] * node_weights).flatten(1)
+        out = []
+        for s in np.exp(tau):
+            y = self.means[..., None] + (self.variances + s**2).sqrt()[..., None] * nodes
+            flow, dilation, _ = self._time_score(y.flatten(1), float(s))
+            out.append(add_rates(list(rates_of_scores(flow, dilation, w)[:, None]))[0])
+        return np.array(out)
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
         nodes, node_weights = self._hermite()
@@ -257,18 +248,6 @@ class ProductBlock(Block):
             mean = (posterior * centre).sum(1, keepdim=True)
             within = self.variances[..., None] * float(s) ** 2 / v
             out.append(float((w * (posterior * (within + (centre - mean) ** 2)).sum(1)).sum()))
-        return np.array(out)
-
-    def _second_moments(
-        self, tau: Array, products: Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
-    ) -> Array:
-        nodes, node_weights = self._hermite()
-        w = (self.weights[..., None] * node_weights).flatten(1)
-        out = []
-        for i, s in enumerate(np.exp(tau)):
-            y = self.means[..., None] + (self.variances + s**2).sqrt()[..., None] * nodes
-            flow, dilation, _ = self._time_score(y.flatten(1), float(s))
-            out.append([float((w * p).sum()) for p in products(i, flow, dilation)])
         return np.array(out)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
@@ -350,12 +329,8 @@ class Fit:
         return np.sum([block.forward(pairs, samples, seed) for _, block in self.blocks], axis=0)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
-        """A, B, C, the sum over blocks, shape (m, 3)."""
-        return np.sum([block.profile(tau, samples, seed) for _, block in self.blocks], axis=0)
-
-    def residual(self, tau: Array, beta: Array, samples: int, seed: int) -> Array:
-        """E[(F - beta q)^2], the sum over blocks, shape (m,)."""
-        return np.sum([block.residual(tau, beta, samples, seed) for _, block in self.blocks], axis=0)
+        """A, B, C, I_min of all blocks together, shape (m, 4)."""
+        return add_rates([block.profile(tau, samples, seed) for _, block in self.blocks])
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
         """Least possible E|x0 - x0_hat|^2, the sum over blocks, shape (m,)."""

@@ -6,15 +6,16 @@ d = (v_from - v_t)/v_t,
     KL(p_from || p_t) = 1/2 sum_k (d_k - log(1 + d_k)) + 1/2 (alpha_from - alpha_t)^2 sum_k m_k^2 / v_t,k.
 
 The profile (F5) of the same law, with b_k = s^2/(lam_k + s^2) and, for a mean, c_k = m_k^2/(lam_k + s^2):
-    A = 2 sum b^2,   B = -2 sum b,   C = 2 D + sum c.
+    A = 2 sum b^2,   B = -2 sum b,   C = 2 D + sum c,   I_min = 2 sum (b + beta)^2 + beta^2 sum c,   beta = B/C.
 """
 
-__all__ = ["gaussian_kl", "gaussian_profile", "gaussian_residual"]
+__all__ = ["gaussian_kl", "gaussian_profile"]
 
 import numpy as np
 import numpy.typing as npt
 
 from difficulty.relative_entropy.pairs import Pairs, excess
+from difficulty.relative_entropy.rates import beta_of
 
 Array = npt.NDArray[np.float64]
 
@@ -37,16 +38,10 @@ def gaussian_kl(pairs: Pairs, eigenvalues: Array, mean: Array, *, reverse: bool 
 
 
 def gaussian_profile(tau: Array, eigenvalues: Array, mean: Array) -> Array:
-    """A, B, C at tau = log s, shape (m, 3)."""
+    """A, B, C, I_min at tau = log s, shape (m, 4)."""
     s2 = np.exp(2 * tau)[:, None]
     v = eigenvalues + s2
-    b = s2 / v
-    dilation = 2.0 * len(eigenvalues) + (mean**2 / v).sum(1)
-    return np.stack([2 * (b**2).sum(1), -2 * b.sum(1), dilation], 1)
-
-
-def gaussian_residual(tau: Array, beta: Array, eigenvalues: Array, mean: Array) -> Array:
-    """E[(F - beta q)^2] = 2 sum (b + beta)^2 + beta^2 sum m^2/v at tau = log s, shape (m,)."""
-    s2 = np.exp(2 * tau)[:, None]
-    v = eigenvalues + s2
-    return 2 * ((s2 / v + beta[:, None]) ** 2).sum(1) + beta**2 * (mean**2 / v).sum(1)
+    b, c = s2 / v, (mean**2 / v).sum(1)
+    mixed, dilation = -2 * b.sum(1), 2.0 * len(eigenvalues) + c
+    beta = beta_of(mixed, dilation)
+    return np.stack([2 * (b**2).sum(1), mixed, dilation, 2 * ((b + beta[:, None]) ** 2).sum(1) + beta**2 * c], 1)

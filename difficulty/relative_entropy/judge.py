@@ -18,6 +18,9 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 
 __all__ = ["PLAUSIBLE", "Judge"]
 
+from functools import partial
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
@@ -28,12 +31,14 @@ from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate, has_independent_axes
-from difficulty.relative_entropy.fits import null_block
+from difficulty.relative_entropy.fits import Fit, Measured, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
+from difficulty.relative_entropy.rates import add_rates
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import LARGEST_STEP
+from difficulty.relative_entropy.threads import Calls, together
 from difficulty.relative_entropy.verdict import (
     FAR_SHARE,
     Findings,
@@ -45,6 +50,7 @@ from difficulty.relative_entropy.verdict import (
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 ANCHORS = 40
 # Half-sample refits are worth their number; but beyond the first number of axes half of them have to do, and beyond the
@@ -103,6 +109,7 @@ class Judge:
         order = np.concatenate(self.halves[0])
         self.tests = HeldoutTests(sample, self.rows, order, self.plan, self.anchors, self.tau, settings.seed)
         self.null = null_block(sample)
+        self.few = min(settings.samples, 2000)  # draws of the rates
 
     def estimate(self) -> Estimate:
         """All pairs; afterwards ``fit_reasons`` says at each anchor what speaks against the fit."""
@@ -130,10 +137,14 @@ class Judge:
         kl[narrow] = np.sqrt(low * high)[narrow]
         error[narrow], quantile[narrow] = np.log(high[narrow] / low[narrow]) / (2 * Z90), Z90
         family[narrow], reasons[narrow] = "bracket", ""
-        i_min = self.moments()[:, 3]
+        i_min = self.rates(self.chosen_fits())[:, 3]
         blank = np.zeros(len(kl))
         at_anchors = Estimate(kl, reverse * kl, blank, blank, blank, i_min, family, reasons == "", reasons)
         return self.net.everywhere(at_anchors, error, quantile, sample.dim, sample.second_moment)
+
+    def together(self, calls: Calls[T]) -> list[T]:
+        """The results of independent calls, so many at a time as the settings allow."""
+        return together(calls, self.settings.threads)
 
     # -- choice ------------------------------------------------------------------------------------------------------
 
@@ -142,16 +153,18 @@ class Judge:
 
         Afterwards ``plausibility`` holds the likelihood of each at each level by itself, relative to the best.
         """
+        kinds: dict[tuple[str, float], list[Candidate]] = {}
+        for candidate in self.pool:
+            kinds.setdefault((candidate.family, candidate.strength), []).append(candidate)
         found: dict[Candidate, Array] = {}
-        tops: dict[tuple[str, float], list[float]] = {}
-        for done, candidate in enumerate(self.pool):
-            means = tops.setdefault((candidate.family, candidate.strength), [])
-            if len(means) >= 3 and means[-1] < means[-2] < means[-3]:
-                continue  # richer ones of the kind only get worse
-            found[candidate] = self.tests.likelihood(candidate)
-            means.append(float(found[candidate][0].mean()))
-            self.settings.progress(done + 1, 2 * len(self.pool))
-        names = list(found)
+        # The poorest of every kind, then the next ones, but no richer ones of a kind that only gets worse.
+        for place in range(max(len(kind) for kind in kinds.values())):
+            now = [kind[place] for kind in kinds.values() if place < len(kind) and not _worsens(kind[:place], found)]
+            folds = range(len(self.tests.folds))
+            parts = iter(self.together([partial(self.tests.likelihood, c, fold) for c in now for fold in folds]))
+            found |= {c: np.concatenate([next(parts) for _ in folds], 1) for c in now}
+            self.settings.progress(sum(len(kind[: place + 1]) for kind in kinds.values()), 2 * len(self.pool))
+        names = [candidate for candidate in self.pool if candidate in found]
         total = np.stack([found[c].sum(1) for c in names])
         # A rival counts by the likelihood ratio on all held-out rows, tempered since the rows have other uses.
         weight = np.exp(0.5 * (total - total.max(0)))
@@ -187,12 +200,14 @@ class Judge:
         rivals = [int(i) for i in order if weight[i].max() > 0.1 and i not in winners][:3]
         replicated, tested, long_step = {}, {}, {}
         jobs = [*winners, *rivals]
-        for done, i in enumerate(jobs):
+        tests = self.together([partial(self.tests.test, names[i]) for i in jobs])
+        fits = self.together([partial(self._fitted, names[i]) for i in jobs])
+        for done, (i, test, fitted) in enumerate(zip(jobs, tests, fits, strict=True)):
             where = np.flatnonzero(weight[i] > 0.02)
             splits = len(self.halves) if i in winners else min(2, len(self.halves))
-            replicated[i] = self._replicate(names[i], splits, where)
+            replicated[i] = self._replicate(names[i], *fitted, splits, where)
             long_step[i] = self._long_step(replicated[i])
-            tested[i] = self.tests.test(names[i]).scaled(long_step[i])
+            tested[i] = test.scaled(long_step[i])
             half = len(self.pool)
             self.settings.progress(half + round(half * (done + 1) / len(jobs)), 2 * half)
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
@@ -236,7 +251,7 @@ class Judge:
         long = np.flatnonzero(np.isfinite(dtau) & (dtau > LARGEST_STEP))
         found = np.zeros(len(dtau))
         if len(long):
-            a, b, c = fitted.fit.profile(self.tau[long], self.settings.samples, self.settings.seed).T
+            a, b, c, _ = fitted.fit.profile(self.tau[long], self.settings.samples, self.settings.seed).T
             middle = 0.5 * (dtau[long] ** 2 * a - 2 * dtau[long] * dlog[long] * b + dlog[long] ** 2 * c)
             found[long] = log_of(fitted.kl[long]) - log_of(middle)
         return found
@@ -247,11 +262,12 @@ class Judge:
         found = np.zeros((len(self.best), 2))
         if sample.discrete or not FEW_FOR_CUMULANTS * sample.rank <= sample.n or sample.rank < 2:
             return found
-        for i in set(self.best.tolist()):
-            where, fit = np.flatnonzero(self.best == i), self.replicated[i].fit
+        for where, fit in self.chosen_fits():
             drawn = [fit.draw(sample.n, FIRST_DRAW + k)[0].numpy() for k in range(DRAWS)]
-            gaussian, pairs = self.names[i].family == "gaussian", self.anchors.take(where)
-            found[where] = lacking(sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian)
+            gaussian, pairs = self.names[self.best[where[0]]].family == "gaussian", self.anchors.take(where)
+            found[where] = lacking(
+                sample.rows, drawn, sample.eigenvalues, pairs, gaussian=gaussian, threads=self.settings.threads
+            )
         return found
 
     def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:
@@ -275,8 +291,8 @@ class Judge:
             others = [kind[position - 1]] if position > 0 and (top == kind[-1] or smooth) else []
             others += kind[position + 1 : position + 2] if top.family in ("product", "scale") else []
             rows = np.flatnonzero(best == i)
-            for other in others:
-                difference = np.abs(log_of(self._whole(other, rows)) - log_of(replicated[i].kl[rows]))
+            for kl in self.together([partial(self._whole, other, rows) for other in others]):
+                difference = np.abs(log_of(kl) - log_of(replicated[i].kl[rows]))
                 change[rows] = np.maximum(change[rows], difference)
         return change
 
@@ -289,11 +305,11 @@ class Judge:
             return change
         far = np.argsort((x**2).sum(1))[len(x) - few :]
         kept = np.setdiff1d(np.arange(len(x)), far)
-        for i in set(best.tolist()):
-            if names[i].heavy_tailed:
-                continue
-            rows = np.flatnonzero(best == i)
-            change[rows] = np.abs(log_of(self._whole(names[i], rows, kept)) - log_of(replicated[i].kl[rows]))
+        light = [i for i in set(best.tolist()) if not names[i].heavy_tailed]
+        where = [np.flatnonzero(best == i) for i in light]
+        without = self.together([partial(self._whole, names[i], w, kept) for i, w in zip(light, where, strict=True)])
+        for i, rows, kl in zip(light, where, without, strict=True):
+            change[rows] = np.abs(log_of(kl) - log_of(replicated[i].kl[rows]))
         return change
 
     def _whole(self, candidate: Candidate, where: Rows, rows: Rows | None = None) -> Array:
@@ -302,29 +318,35 @@ class Judge:
         fit = fit_candidate(self.rows[chosen], self.sample.counts[chosen], candidate, self.plan)
         return fit.forward(self.anchors.take(where), self.settings.samples, self.settings.seed)
 
-    def _replicate(self, candidate: Candidate, splits: int, where: Rows) -> Replicated:
-        """Fits to all rows and to parts; the parts are measured at the anchors where the candidate matters."""
+    def _fitted(self, candidate: Candidate) -> tuple[Fit, Measured]:
+        """The fit to all rows and its relative entropies."""
+        whole = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
+        return whole, whole.measure(self.anchors, self.settings.samples, self.settings.seed)
+
+    def _replicate(
+        self, candidate: Candidate, whole: Fit, measured: Measured, splits: int, where: Rows
+    ) -> Replicated:
+        """With fits to parts of the rows, which are measured at the anchors where the candidate matters."""
         samples, seed = self.settings.samples, self.settings.seed
         pairs = self.anchors.take(where)
-        whole = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
-        measured = whole.measure(self.anchors, samples, seed)
         fewer = max(samples // 2, 100)
-        baseline = measured.kl.copy()
-        baseline[where] = whole.forward(pairs, fewer, seed)
 
         def refit(rows: Array, counts: Array) -> Array:
-            values = baseline.copy()
-            values[where] = fit_candidate(rows, counts, candidate, self.plan, whole).forward(pairs, fewer, seed)
-            return values
+            return fit_candidate(rows, counts, candidate, self.plan, whole).forward(pairs, fewer, seed)
 
-        halves = [refit(*part) for split in range(splits) for part in self._counts(split)]
-        quarters = None
+        parts = [part for split in range(splits) for part in self._counts(split)]
+        halves = len(parts)
         if self.sample.rank < QUARTER_SHARE * self.sample.n and candidate.one_covariance:
-            parts = [part for half in self.halves[0] for part in np.array_split(half, 2)]
-            quarters = np.array([refit(self.rows[part], self.sample.counts[part]) for part in parts])
+            quarters = [part for half in self.halves[0] for part in np.array_split(half, 2)]
+            parts += [(self.rows[part], self.sample.counts[part]) for part in quarters]
+        calls = [partial(whole.forward, pairs, fewer, seed), *(partial(refit, *part) for part in parts)]
+        values = np.tile(measured.kl, (len(calls), 1))
+        values[:, where] = self.together(calls)
+        last = 1 + halves
         return Replicated(
-            whole, measured.kl, measured.kl_reverse, measured.error, baseline, np.array(halves), quarters
-        )
+            whole, measured.kl, measured.kl_reverse, measured.error, values[0], values[1:last],
+            values[last:] if len(values) > last else None,
+        )  # fmt: skip
 
     def _counts(self, split: int) -> list[tuple[Array, Array]]:
         """Rows and counts of two complementary halves of the data."""
@@ -343,23 +365,33 @@ class Judge:
         orders = [rng.permutation(n) for _ in range(max(1, refits // 2))]
         return [(order[: n // 2], order[n // 2 :]) for order in orders]
 
-    def moments(self, split: int | None = None, half: int = 0) -> Array:
-        """A, B, C, A - B^2/C (F5) and mmse of the chosen fits at the anchors, shape (m, 5); after ``estimate``.
+    def chosen_fits(self, split: int | None = None, half: int = 0) -> list[tuple[Rows, Fit]]:
+        """The anchors of every chosen candidate and its fit to all rows; after ``estimate``.
 
         Args:
-            split, half: of the refit to half of the data; by default the fit to all of them.
+            split, half: refit to this half of the data.
         """
-        out = np.zeros((len(self.tau), 5))
-        samples, seed = min(self.settings.samples, 2000), self.settings.seed
+        fits = []
         for i in sorted(set(self.best.tolist())):
-            where = np.flatnonzero(self.best == i)
-            tau, fit = self.tau[where], self.replicated[i].fit
+            fit = self.replicated[i].fit
             if split is not None:
                 fit = fit_candidate(*self._counts(split)[half], self.names[i], self.plan, fit)
-            out[where, :3] = fit.profile(tau, samples, seed) + self.null.profile(tau, 0, 0)
-            beta = out[where, 1] / out[where, 2]
-            out[where, 3] = fit.residual(tau, beta, samples, seed) + self.null.residual(tau, beta, 0, 0)
-            out[where, 4] = fit.mmse(tau, samples, seed)
+            fits.append((np.flatnonzero(self.best == i), fit))
+        return fits
+
+    def rates(self, fits: list[tuple[Rows, Fit]]) -> Array:
+        """A, B, C, I_min (F5) of ``chosen_fits`` at the anchors, shape (m, 4)."""
+        out = np.zeros((len(self.tau), 4))
+        for where, fit in fits:
+            tau = self.tau[where]
+            out[where] = add_rates([fit.profile(tau, self.few, self.settings.seed), self.null.profile(tau, 0, 0)])
+        return out
+
+    def mmse(self, fits: list[tuple[Rows, Fit]]) -> Array:
+        """Least possible E|x0 - x0_hat|^2 of ``chosen_fits`` at the anchors, shape (m,)."""
+        out = np.zeros(len(self.tau))
+        for where, fit in fits:
+            out[where] = fit.mmse(self.tau[where], self.few, self.settings.seed)
         return out
 
     def _point_mass(self) -> Estimate:
@@ -369,6 +401,14 @@ class Judge:
         name, reason = np.full(m, "gaussian", dtype=object), np.full(m, "", dtype=object)
         zero = np.zeros(m)
         return Estimate(found.kl, found.kl_reverse, zero, found.kl, found.kl, zero, name, np.ones(m, bool), reason)
+
+
+def _worsens(kind: list[Candidate], found: dict[Candidate, Array]) -> bool:
+    """Whether held-out likelihood at the first anchor fell twice with the last three, or had done so before them."""
+    if len(kind) < 3 or kind[-1] not in found:
+        return len(kind) >= 3
+    first, second, third = (found[candidate][0].mean() for candidate in kind[-3:])
+    return bool(third < second < first)
 
 
 def _simplest_cover(plausible: npt.NDArray[np.bool_], size: npt.NDArray[np.int64]) -> Rows:

@@ -35,6 +35,7 @@ class MixtureKernel:
     """
 
     def __init__(self, law: GaussianMixture, x0: Tensor, eps: Tensor) -> None:
+        self.law, self.x0, self.eps = law, x0, eps
         self.dim = law.dim
         self.log_weights = law.log_weights
         means = law.rotated_means[:, None]
@@ -114,6 +115,40 @@ class MixtureKernel:
             joint = self._log_joint(torch.ones_like(s), s, self.eigenvalues[:, :, None] + s**2)
             out.append(torch.logsumexp(joint, 0).T)
         return torch.cat(out) - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def posterior_trace(self, tau: npt.NDArray[np.float64]) -> Tensor:
+        """tr Cov[x0 | y] at y = x0 + exp(tau) eps, shape (m, n).
+
+        With z_k the residual in the eigenbasis of component k and r_k its posterior, the means of the components lie
+        -s^2 z_k/v_k away from y, so that
+
+            tr = sum_k r_k (sum_d lam s^2/v)_k + s^4 (sum_k r_k |z_k/v_k|^2 - |score|^2),
+            score = -sum_k r_k C_k^-1 (y - m_k),   C_k the covariance of y in component k.
+        """
+        out = []
+        for rows in self._chunks(len(tau)):
+            s = torch.from_numpy(np.exp(tau[rows]))[None, None, :]
+            one, lam = torch.ones_like(s), self.eigenvalues[:, :, None]
+            v = lam + s**2
+            posterior = torch.softmax(self._log_joint(one, s, v), 0)
+            within = (self.multiplicity * lam * s**2 / v).sum(1)[:, None]
+            square = torch.bmm(self.features, _stack(one, s, s**4 / v**2, torch.zeros_like(v)))
+            spread = (posterior * (within + square)).sum(0)
+            for i, scale in enumerate(s.flatten()):
+                # (y - y_hat)^2 is taken off what was added for its components: both of the order of s^2 D.
+                step = scale**2 * self._score(posterior[:, :, i], v[:, :, i], float(scale))
+                out.append((spread[:, i] - step.square().sum(1)).clamp(min=0.0))
+        return torch.stack(out)
+
+    def _score(self, posterior: Tensor, v: Tensor, s: float) -> Tensor:
+        """Score at y = x0 + s eps, (n, D), from posteriors (K, n) and variances of the components, (K, D) or (K, 1)."""
+        y, means, posterior = self.x0 + s * self.eps, self.law.means, posterior.T.contiguous()
+        if self.eigenvalues.shape[1] < self.dim:  # one variance per component
+            share = posterior / v[:, 0]
+            return share @ means - share.sum(1, keepdim=True) * y
+        inverse = (self.law.basis / v[:, None]) @ self.law.basis.transpose(1, 2)
+        shares = (posterior[..., None] * y[:, None]).flatten(1)
+        return posterior @ torch.bmm(inverse, means[..., None])[..., 0] - shares @ inverse.flatten(0, 1)
 
     def effective_components(self, tau: npt.NDArray[np.float64]) -> Tensor:
         """Effective number of components at y = x0 + exp(tau) eps, 1/sum of squared posteriors, shape (m, n)."""

@@ -628,7 +628,7 @@ def test_weighted_draws_of_a_law_with_rare_wide_components_give_the_same_relativ
     assert (np.abs(plain.kl - weighted.kl) < 4 * np.hypot(plain.error, weighted.error)).all()
     assert (weighted.error < plain.error).all()
     tau = pairs.tau
-    profiles = [MixtureBlock(law, heavy_tailed=heavy).profile(tau, 40_000, 0) for heavy in (False, True)]
+    profiles = [MixtureBlock(law, heavy_tailed=heavy).profile(tau, 40_000, 0)[:, :3] for heavy in (False, True)]
     np.testing.assert_allclose(*profiles, rtol=0.1)
 
 
