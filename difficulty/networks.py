@@ -331,7 +331,7 @@ def _image_shape(network: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
 FROM_DIFFUSERS = "diffusers:"
 # The paper's names, as in DiT-XL/2.
-DIT_NAME = re.compile(r"dit-(\w+)/(\w+)(?::(.*))?", re.IGNORECASE)
+DIT_NAME = re.compile(r"dit-(\w+?)(?:/(\w+))?(?::(.*))?", re.IGNORECASE)
 
 
 def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
@@ -429,6 +429,8 @@ def _plain(spec: str) -> str:
     if match is None:
         return spec
     size, patch, more = match.groups()
+    if patch is None:
+        raise InputError(f"network {spec!r} does not say how large its patches are; write dit-{size}/2 for sides of 2")
     size = next((known for known in DIT_SIZES if known.lower() == size.lower()), size)
     return f"dit:size={size},patch={patch}" + (f",{more}" if more else "")
 

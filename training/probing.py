@@ -17,6 +17,7 @@ from difficulty.models import TrainedModel
 from difficulty.probe import PROBE_COLUMNS, Prober
 from difficulty.process import Process
 from difficulty.records import read_table, write_table
+from training.curriculum import tasks_of
 from training.trainer import Trainer, TrainPlan
 
 
@@ -27,7 +28,7 @@ class ProbeLog:
         data, process, plan: of the run; no conditional one.
         out: folder of the run; rows there of earlier steps stay, so that a continued run continues its table.
         every: iterations between probes, at least 1.
-        floor_from: folder of a measurement of experts in 20 tasks of equal length in t.
+        floor_from: folder of a measurement of experts in 20 tasks of equal length in t, or as many as there are t.
 
     Raises:
         InputError: if the run is conditional, ``every`` is below 1, or the floor is of something else.
@@ -41,7 +42,7 @@ class ProbeLog:
         if every < 1:
             raise InputError(f"the iterations between probes must be at least 1, got {every}")
         self.path, self.every, self.plan = out / "probe.csv", every, plan
-        self.prober = Prober(data, process, floor_from=floor_from)
+        self.prober = Prober(data, process, len(tasks_of(None, process)), floor_from=floor_from)
 
     def __call__(self, trainer: Trainer) -> None:
         """To be called after every iteration."""

@@ -60,6 +60,13 @@ def test_an_interrupted_run_continues_its_probe(tmp_path):
     pd.testing.assert_frame_equal(whole, parts)
 
 
+def test_a_process_of_few_timesteps_has_a_task_for_each(tmp_path):
+    process = get_process("edm:T=12")
+    log = ProbeLog(DATA, process, PLAN, tmp_path, 8)
+    train(DATA, process, PLAN, tmp_path, cadence=CADENCE, watch=lambda trainer, loss: log(trainer))
+    assert len(pd.read_csv(tmp_path / "probe.csv")) == 12
+
+
 def test_what_cannot_be_probed_is_refused(tmp_path):
     with pytest.raises(InputError, match="unconditional"):
         ProbeLog(DATA, PROCESS, dataclasses.replace(PLAN, condition="class"), tmp_path, 3)
