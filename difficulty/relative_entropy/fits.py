@@ -10,7 +10,7 @@ A fit is a product of blocks, so its relative entropies, time scores and log-den
 __all__ = ["Block", "Fit", "GaussianBlock", "Measured", "MixtureBlock", "ProductBlock", "null_block"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -34,6 +34,8 @@ BLOCK_BYTES = 2**27
 FIT_STREAM = 29
 HERMITE_NODES = 24
 SMALL = 2**20
+# Numbers (axis, component, point) held at once by a product: 32 MiB.
+ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +202,12 @@ class MixtureBlock(Block):
             weight = (self.law.log_prob(x0, 1.0, 0.0) - self.proposal.log_prob(x0, 1.0, 0.0)).exp()
         return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator), weight
 
-    def _kernels(self, x0: Tensor, eps: Tensor) -> list[MixtureKernel]:
+    def _kernels(self, x0: Tensor, eps: Tensor) -> Iterator[MixtureKernel]:
+        """Kernels of so many points at a time, to be used up one by one."""
         n = len(x0)
         size = max(1, int(n * BLOCK_BYTES / max(MixtureKernel.bytes_needed(self.law, n), 1)))
-        return [MixtureKernel(self.law, x0[i : i + size], eps[i : i + size]) for i in range(0, n, size)]
+        for start in range(0, n, size):
+            yield MixtureKernel(self.law, x0[start : start + size], eps[start : start + size])
 
 
 class ProductBlock(Block):
@@ -219,13 +223,29 @@ class ProductBlock(Block):
         self.weights, self.means, self.variances = (torch.from_numpy(a) for a in (weights, means, variances))
 
     def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
-        values = [self._quadrature(pairs.first, pairs.second), self._quadrature(pairs.second, pairs.first)]
-        return Measured(values[0], values[1], np.zeros(len(pairs)))
+        return Measured(self._kl(pairs.first, pairs.second), self._kl(pairs.second, pairs.first), np.zeros(len(pairs)))
 
     def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
-        return self._quadrature(pairs.first, pairs.second)
+        return self._kl(pairs.first, pairs.second)
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
+        return add_rates([part._rates(tau) for part in self._parts()])
+
+    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+        return np.sum([part._squared_error(tau) for part in self._parts()], axis=0)
+
+    def _kl(self, first: Array, second: Array) -> Array:
+        return np.sum([part._quadrature(first, second) for part in self._parts()], axis=0)
+
+    def _parts(self) -> list["ProductBlock"]:
+        """Blocks of so few axes that what is held at once for the quadrature, nodes times components, is no more."""
+        d, k = self.weights.shape
+        size = max(1, ELEMENTS // (HERMITE_NODES * k * k))
+        tables = [each.numpy() for each in (self.weights, self.means, self.variances)]
+        cuts = [slice(start, start + size) for start in range(0, d, size)]
+        return [ProductBlock(self.axes.numpy(), *(table[cut] for table in tables)) for cut in cuts]
+
+    def _rates(self, tau: Array) -> Array:
         nodes, node_weights = self._hermite()
         w = (self.weights[..., None] * node_weights).flatten(1)
         out = []
@@ -235,7 +255,7 @@ class ProductBlock(Block):
             out.append(add_rates(list(rates_of_scores(flow, dilation, w)[:, None]))[0])
         return np.array(out)
 
-    def mmse(self, tau: Array, samples: int, seed: int) -> Array:
+    def _squared_error(self, tau: Array) -> Array:
         nodes, node_weights = self._hermite()
         w = (self.weights[..., None] * node_weights).flatten(1)
         out = []
@@ -265,7 +285,13 @@ class ProductBlock(Block):
         return flows, dilations, log_densities
 
     def _time_score(self, y: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
-        """F, q, log density per axis at y (d, n)."""
+        """F, q, log density per axis at y (d, n), so many points at a time."""
+        points = y.split(max(1, ELEMENTS // self.weights.numel()), 1)
+        columns = zip(*(self._time_score_at(each, s) for each in points), strict=True)
+        flow, dilation, log_density = (torch.cat(column, 1) for column in columns)
+        return flow, dilation, log_density
+
+    def _time_score_at(self, y: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
         v = (self.variances + s**2)[..., None]
         z = y[:, None] - self.means[..., None]
         log_joint = self.weights.log()[..., None] - 0.5 * (z**2 / v + (2 * torch.pi * v).log())
