@@ -12,8 +12,8 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
    moments, the fit without them must agree too.
 4. Test on held-out data (F6, ``heldout_tests``): the time score must predict the conditional one, must have the spread
    that the fit says, and the certified lower bound of *every* candidate must lie below the estimate.
-5. A pair is valid if its error allows to promise 30 % and no test objects. Otherwise the reason says which one did,
-   unless the bracket of certified bounds is itself narrow enough (``verdict``).
+5. A pair is valid if its error allows to promise 30 % and no test objects to its fit, here or at more noise. Otherwise
+   the reason says which one did, unless the bracket of certified bounds is itself narrow enough (``verdict``).
 """
 
 __all__ = ["PLAUSIBLE", "Judge"]

@@ -1,6 +1,7 @@
 """When a relative entropy that was estimated from a sample counts as measured, and what to do where it does not.
 
-A pair is valid if its error allows to promise 30 % and no held-out test objects. Directions in which the data do not
+A pair is valid if its error allows to promise 30 % and no held-out test objects to its fit, here or at more noise: one
+law is behind all levels, and what is wrong under more noise is wrong under less. Directions in which the data do not
 vary contribute a part that is known exactly; the rest is judged by the share that it *could* have by its own upper
 bound F7: a fit that is too smooth makes the rest small, and must not excuse itself by that.
 
@@ -23,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +127,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     noise = pairs.noise_from
     unclear = test.cross[:, 1] > 0.5
     hidden = unseen(pairs, sample) / np.maximum(kl, 1e-300)
+    refuted = partial(_here_or_at_more_noise, tau=pairs.tau, family=found.family)
     found_wanting = [
         (
             noise < LIMITS.floor * sample.step,
@@ -145,11 +148,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         ),
         (too_rough(hidden, share * found.error), ROUGHER),
         (
-            _here_or_at_more_noise(
-                (found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1]),
-                pairs.tau,
-                found.family,
-            ),
+            refuted((found.lacking[:, 0] > LIMITS.lacking * kl) & (found.lacking[:, 0] > found.lacking[:, 1])),
             "the third and fourth moments of the data refute the fit: it lacks structure of many dimensions at once",
         ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
@@ -157,15 +156,15 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),
         (share * found.error > LIMITS.error, "the errors of sample, fit and draws add up to too much"),
         (
-            ~unclear & (share * gap > LIMITS.cross + z * share * test.cross[:, 1]),
+            refuted(~unclear & (share * gap > LIMITS.cross + z * share * test.cross[:, 1])),
             "held-out data contradict the fit: its time score does not predict the conditional one (F6)",
         ),
         (
-            share * (test.bound[:, 0] - found.log_kl) > LIMITS.bound + z * share * test.bound[:, 1],
+            refuted(share * (test.bound[:, 0] - found.log_kl) > LIMITS.bound + z * share * test.bound[:, 1]),
             "a certified lower bound (F6) lies above the estimate: the fit is too smooth for the data",
         ),
         (
-            (variance > LIMITS.second_moment + variance_error) | (variance < -LIMITS.flat - variance_error),
+            refuted((variance > LIMITS.second_moment + variance_error) | (variance < -LIMITS.flat - variance_error)),
             "held-out data contradict the fit: its time score has another spread on them",
         ),
     ]  # fmt: skip
@@ -176,7 +175,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
 
 
 def _here_or_at_more_noise(fails: npt.NDArray[np.bool_], tau: Array, family: list[Candidate]) -> npt.NDArray[np.bool_]:
-    """Whether the fit fails here or at more noise, (m,): noise hides what is lacking, less of it brings it back."""
+    """Whether the fit fails here or at more noise, (m,): noise hides what is wrong, less of it brings it back."""
     return np.array([
         any(fails[k] and tau[k] >= tau[j] and family[k] == family[j] for k in range(len(tau)))
         for j in range(len(tau))

@@ -1,0 +1,40 @@
+"""What a held-out contradiction at one noise level says about the others."""
+
+import numpy as np
+
+from difficulty.datasets import split_samples
+from difficulty.process import get_process
+from difficulty.relative_entropy import heldout_tests
+from difficulty.relative_entropy.families import Candidate
+from difficulty.relative_entropy.pairs import make_pairs
+from difficulty.relative_entropy.sample import Sample, make_sample
+from difficulty.relative_entropy.verdict import Findings, objections
+
+LEVELS = [200, 300, 400]
+
+
+def verdicts(sample: Sample, families, **contradicted) -> list[str]:
+    """Reasons at three levels for a fit without fault, but for the logs of the figures that are given, (3,) each."""
+    log_kl = np.full(3, np.log(1e-2))
+    fine = {"second_moment": np.zeros(3), "bound": log_kl, "cross": log_kl}
+    figures = {name: fine[name] + contradicted.get(name, 0.0) for name in fine}
+    zero, small = np.zeros(3), np.full(3, 0.01)
+    tested = heldout_tests.Tested(**{name: np.stack([value, small], 1) for name, value in figures.items()})
+    found = Findings(log_kl, zero, small, zero, small, zero, tested, np.zeros((3, 2)), families)
+    pairs = make_pairs(get_process("vp-linear"), LEVELS)
+    return objections(sample, pairs, found, np.ones(3), np.exp(log_kl)).tolist()
+
+
+def test_what_held_out_data_refute_under_more_noise_is_refuted_under_less():
+    sample = make_sample(split_samples("rows", np.random.default_rng(0).standard_normal((2000, 2))))
+    one, other = Candidate("mixture", 4, 3.0), Candidate("mixture", 6, 3.0)
+    assert verdicts(sample, [one, one, one]) == ["", "", ""]
+    for figure, text in (("cross", "does not predict"), ("bound", "lower bound"), ("second_moment", "another spread")):
+        wrong = {figure: np.array([0.0, 1.0, 0.0])}
+        first, second, third = verdicts(sample, [one, one, one], **wrong)
+        assert text in first
+        assert text in second
+        assert third == ""
+        first, second, third = verdicts(sample, [other, one, one], **wrong)
+        assert (first, third) == ("", "")
+        assert text in second
