@@ -156,9 +156,9 @@ def measure_profile(
         raise InputError(f"a profile needs a falling log-SNR range and at least 5 points, got {log_snr} and {points}")
     dataset = load_dataset(data)
     tau = -0.5 * np.linspace(clean, noisy, points)
-    silent = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     with one_thread_each() as threads:
-        settings = Settings(samples, bootstrap, seed, silent, threads=threads)
+        settings = Settings(samples, bootstrap, seed, report, threads=threads)
         values, errors, reason = (_of_law if dataset.law else _of_sample)(dataset, tau, settings)
     table = pd.DataFrame({"log_snr": -2 * tau})
     # Refits to halves know their own spread only roughly: Student's quantile.

@@ -78,9 +78,9 @@ def kl(
     table["estimator"], table["valid"], table["reason"] = "none", False, EXCLUDED_FIRST
     if len(inside):
         rows = wanted.take(inside)
-        silent = progress or (lambda done, total: None)
+        report = progress or (lambda done, total: None)
         with one_thread_each() as threads:
-            settings = Settings(samples, bootstrap, seed, silent, trained, process, threads)
+            settings = Settings(samples, bootstrap, seed, report, trained, process, threads)
             table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table
 
