@@ -101,8 +101,9 @@ def train_experts(
         plan: see ``ExpertPlan``.
         processes: how many share the experts on this machine, one thread each; None for the choice of
             ``choose_engine``. torchrun decides it where it is used.
-        resume_from: file that keeps the state of an unfinished run; written while training by rank 0, read if it
-            exists.
+        resume_from: file that keeps the state of a run; written while training by rank 0, read if it exists, and left
+            to the caller, since what comes after training may be interrupted too. Experts that are trained in N rounds
+            have a file for each, with ``.1-of-N`` and so on before the suffix.
         progress: called after every iteration with (done, in all).
         watch: called at every checkpoint before it is kept, so that a resumed run may call it twice for one. It needs
             one process.
@@ -246,9 +247,6 @@ class _Training:
             del crew, show  # before those of the next round take their memory
         if not ranks.first:
             return None
-        if len(rounds) > 1:
-            for path in filter(None, paths):
-                path.unlink(missing_ok=True)
         return self._curves(dict(found))
 
     def _rounds(self, world: int) -> list[list[Member]]:

@@ -118,7 +118,8 @@ def measure(
     for stage in stages:
         facts |= stage(request)
     ranking = make_ranking(out, run)
-    (out / PARTIAL_EXPERTS).unlink(missing_ok=True)
+    for path in _states(out):
+        path.unlink()
     finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1), **facts)
     tables = (_optional(out / f"{name}.csv") for name in ("losses", "convergence", "relative_entropy"))
     return ranks.share(Measurement(process, cut, ranking, *tables))
@@ -151,8 +152,8 @@ def _open_folder(out: Path, config: dict[str, Any], process: Process) -> dict[st
 def _measure_experts(request: _Request) -> dict[str, Any]:
     plan, watch = request.plan, None
     if SAMPLE_QUALITY in request.measures:
-        path, state = request.out / "sample_quality.csv", request.out / PARTIAL_EXPERTS
-        resumed = path.exists() and any(state.parent.glob(f"{state.stem}*"))
+        path = request.out / "sample_quality.csv"
+        resumed = path.exists() and bool(_states(request.out))
         watch = SampleQuality(
             request.dataset,
             request.process,
@@ -170,6 +171,12 @@ def _measure_experts(request: _Request) -> dict[str, Any]:
     write_table(request.out / "stability.csv", stability_table(losses, plan.budget))
     assert curves.engine is not None
     return {"engine": asdict(curves.engine)}
+
+
+def _states(out: Path) -> list[Path]:
+    """The files from which an interrupted training of experts goes on, one for each of its rounds."""
+    name = Path(PARTIAL_EXPERTS)
+    return list(out.glob(f"{name.stem}*{name.suffix}"))
 
 
 def _train(request: _Request, watch: SampleQuality | None) -> ExpertCurves:

@@ -115,7 +115,7 @@ def test_rounds_of_few_experts_give_the_numbers_of_all_at_once_and_resume(tmp_pa
     parts = train_experts(GRID, PROCESS, TASKS, plan, resume_from=path)
     assert 2 <= parts.engine.at_once < 6
     close(parts, whole)
-    assert not list(tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2  # one for each round, left to the caller
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
+from difficulty import measurement
+from difficulty.expert_crew import Crew
 from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
 from difficulty.plots import difficulty_figure, plot_folder, rank_figure
@@ -66,6 +69,26 @@ def test_a_measurement_of_which_every_expert_diverged_is_drawn(measured):
     folder, ranking = measured(learning_rate=1e30)
     assert ranking.measures["excess_nats"].value == [None] * 4
     assert {path.stem for path in plot_folder(folder)} == {"difficulty", "ranks", "agreement", "learning_curves"}
+
+
+def test_experts_of_several_rounds_are_not_trained_again_after_an_interruption_of_what_follows(tmp_path, monkeypatch):
+    plan = replace(PLAN, network="mlp:width=8", start="neighbour")  # a round for every task
+
+    def go(out):
+        return measure("gaussian:dim=2,var=0.25,n=100", out=out, tasks=3, plan=plan)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(measurement, "kl", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("experts.partial.*-of-3.safetensors"))) == 3
+    whole = go(tmp_path / "whole")
+    monkeypatch.setattr(Crew, "step", interrupt)
+    pd.testing.assert_frame_equal(go(tmp_path / "parts").losses, whole.losses)
+    assert not list(tmp_path.glob("*/experts.partial*"))
 
 
 def test_what_is_not_known_of_the_floor_and_of_other_seeds_is_said(tmp_path):
