@@ -33,11 +33,12 @@ from difficulty.records import check_columns, read_table
 from difficulty.relative_entropy.auto import candidates
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import law_draws, time_scores
+from difficulty.relative_entropy.families import quiet_unmixing
 from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import make_sample
-from difficulty.relative_entropy.threads import one_thread_each, together
+from difficulty.threads import one_thread, together
 
 Array = npt.NDArray[np.float64]
 
@@ -157,7 +158,7 @@ def measure_profile(
     dataset = load_dataset(data)
     tau = -0.5 * np.linspace(clean, noisy, points)
     report = progress or (lambda done, total: None)
-    with one_thread_each() as threads:
+    with one_thread() as threads, quiet_unmixing():
         settings = Settings(samples, bootstrap, seed, report, threads=threads)
         values, errors, reason = (_of_law if dataset.law else _of_sample)(dataset, tau, settings)
     table = pd.DataFrame({"log_snr": -2 * tau})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from difficulty.datasets import Dataset
 from difficulty.randomness import stream, torch_generator
 from difficulty.records import fingerprint_array
+from difficulty.threads import one_thread
 from training.cache import cached_tensors
 from training.streams import BATCH
 
@@ -90,10 +91,7 @@ def trained_classifier(data: Dataset) -> Classifier:
 
 
 def _train(samples: Tensor, labels: Tensor, classes: int) -> Classifier:
-    threads = torch.get_num_threads()
-    # Sums are split over threads, and the last bit of every weight with them.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():  # sums are split over threads, and the last bit of every weight with them
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_generator(0).initial_seed())
             classifier = Classifier(tuple(samples.shape[1:]), classes)
@@ -109,6 +107,4 @@ def _train(samples: Tensor, labels: Tensor, classes: int) -> Classifier:
                 F.cross_entropy(classifier(samples[rows]), labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
-    finally:
-        torch.set_num_threads(threads)
     return classifier

@@ -19,6 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from difficulty.errors import InputError
+from difficulty.threads import one_thread
 from training.jobs import Job, Setting, run_group
 
 Results = list[dict[str, Any]]
@@ -36,13 +37,8 @@ def worker_processes(setting: Setting, partial: Path, count: int) -> Iterator[Gr
         count: processes; with one or none the runs happen here.
     """
     if count <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with threadpool_limits(1):
-                yield lambda groups: ((group, run_group(setting, group, partial)) for group in groups)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread():
+            yield lambda groups: ((group, run_group(setting, group, partial)) for group in groups)
         return
     # Spawned, not forked: a fork would inherit torch's thread pools in an unknown state. The setting is pickled once,
     # by plain pickle, because torch's own would pass tensors through shared memory, which containers keep small.

@@ -16,9 +16,10 @@ from difficulty.process import Process, get_process
 from difficulty.randomness import check_seed
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.estimators import ESTIMATORS
+from difficulty.relative_entropy.families import quiet_unmixing
 from difficulty.relative_entropy.pairs import EXCLUDED_FIRST, Pairs, make_pairs, upper_bound
 from difficulty.relative_entropy.sample import make_sample
-from difficulty.relative_entropy.threads import one_thread_each
+from difficulty.threads import one_thread
 
 COLUMNS = (
     "t_from", "t", "log_snr", "kl", "se", "ci_low", "ci_high", "kl_reverse", "per_dlogsnr2", "fisher_rao", "i_min",
@@ -79,7 +80,7 @@ def kl(
     if len(inside):
         rows = wanted.take(inside)
         report = progress or (lambda done, total: None)
-        with one_thread_each() as threads:
+        with one_thread() as threads, quiet_unmixing():
             settings = Settings(samples, bootstrap, seed, report, trained, process, threads)
             table = _fill(table, inside, rows, run(dataset, rows, settings), dataset)
     return table

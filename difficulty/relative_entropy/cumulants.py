@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from difficulty.relative_entropy.pairs import Pairs
-from difficulty.relative_entropy.threads import together
+from difficulty.threads import together
 
 Array = npt.NDArray[np.float64]
 

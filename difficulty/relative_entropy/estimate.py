@@ -26,7 +26,7 @@ class Settings:
         progress: called with (done, total).
         model: a trained denoiser for the score estimator; without one it trains its own.
         process: the forward process of the pairs, which a trained denoiser must share.
-        threads: steps that may run side by side (`threads`).
+        threads: steps that may run side by side (`difficulty/threads.py`).
     """
 
     samples: int

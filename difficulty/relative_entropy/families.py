@@ -1,7 +1,12 @@
 """Families of laws that can be fitted to rows, each one function with the same arguments."""
 
-__all__ = ["MOST_AXES", "Candidate", "Plan", "fit_candidate", "has_independent_axes", "leading_axes"]
+__all__ = [
+    "MOST_AXES", "Candidate", "Plan", "fit_candidate", "has_independent_axes", "leading_axes", "quiet_unmixing",
+]  # fmt: skip
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,6 +250,17 @@ def independent_axes(rows: Array, counts: Array, seed: int) -> Array:
         return np.eye(1)
     left, _, right = np.linalg.svd(_unmix(rows, counts, seed)[0])
     return left @ right
+
+
+@contextmanager
+def quiet_unmixing() -> Iterator[None]:
+    """Without the warning of a search for independent axes that found none; ``has_independent_axes`` judges them.
+
+    Around all fits and not in each: the filters of warnings belong to the process, and fits run in several threads.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FastICA did not converge")
+        yield
 
 
 def _unmix(rows: Array, counts: Array, seed: int) -> tuple[Array, Array]:

@@ -38,7 +38,6 @@ from difficulty.relative_entropy.rates import add_rates
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import LARGEST_STEP
-from difficulty.relative_entropy.threads import Calls, together
 from difficulty.relative_entropy.verdict import (
     FAR_SHARE,
     Findings,
@@ -47,6 +46,7 @@ from difficulty.relative_entropy.verdict import (
     spans_too_little,
     tail_shares,
 )
+from difficulty.threads import Calls, together
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]

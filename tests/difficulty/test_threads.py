@@ -10,7 +10,7 @@ import torch
 
 from difficulty.datasets import split_samples
 from difficulty.relative_entropy import kl
-from difficulty.relative_entropy.threads import MOST_THREADS, one_thread_each, together
+from difficulty.threads import MOST_THREADS, one_thread, together
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_calls_run_side_by_side_and_come_back_in_order():
         meeting.wait()
         return value, torch.get_num_threads()
 
-    with one_thread_each():
+    with one_thread():
         assert together([lambda: call("a"), lambda: call("b")], 2) == [("a", 1), ("b", 1)]
     assert together([lambda: 3, lambda: 4], 1) == [3, 4]
 
@@ -47,12 +47,23 @@ def test_an_exception_ends_the_calls_that_have_not_begun():
 
 
 def test_threads_are_few_and_put_back(two_threads):
-    with one_thread_each() as threads:
+    with one_thread() as threads:
         assert (threads, torch.get_num_threads()) == (2, 1)
     assert torch.get_num_threads() == 2
-    torch.set_num_threads(MOST_THREADS + 1)
-    with one_thread_each() as threads:
-        assert threads == MOST_THREADS
+    running, most, lock = 0, 0, threading.Lock()
+
+    def call():
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+
+    with one_thread():
+        together([call] * 3 * MOST_THREADS, MOST_THREADS + 1)
+    assert most == MOST_THREADS
 
 
 def test_relative_entropy_is_the_same_for_any_number_of_threads(two_threads):
