@@ -238,13 +238,13 @@ def _run_all(
     pending = [job for job in jobs if not job.file.exists()]
     done = before + len(jobs) - len(pending)
     if progress and pending:  # the first group may take a minute
-        progress(f"{pending[0].arm} seed {pending[0].seed}", done, total)
+        progress(pending[0].label, done, total)
     for group, results in runner(group_jobs(plan, pending, max(workers, 1))):
         for job, result in zip(group, results, strict=True):
             write_json(job.file, result)
         done += len(group)
         if progress:
-            progress(f"{group[-1].arm} seed {group[-1].seed}", done, total)
+            progress(group[-1].label, done, total)
 
 
 def _order_effects(final: pd.DataFrame, arms: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -98,6 +98,11 @@ class Job:
     keep_samples: bool
     exposure: Array | None = None
 
+    @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        return f"{self.arm} seed {self.seed}"
+
 
 def run_file(out: Path, arm: str, seed: int, lr_schedule: str) -> Path:
     """Where a finished run is kept."""
