@@ -21,8 +21,9 @@ def test_rates_of_independent_parts_add_up_to_those_of_the_whole_without_cancell
 
 
 def test_rates_of_draws_are_exact_moments_of_them():
-    flow, dilation = torch.randn(2, 3, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight = torch.rand(500, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    flow, dilation = torch.randn(2, 3, 500, dtype=torch.float64, generator=generator)
+    weight = torch.rand(500, dtype=torch.float64, generator=generator)
     weight /= weight.sum()
     a, b, c, least = rates_of_scores(flow, dilation, weight).T
     expected = [(part * weight).sum(1).numpy() for part in (flow**2, flow * dilation, dilation**2)]
