@@ -36,6 +36,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from difficulty.convergence import DEFINITIONS
 from difficulty.plots_convergence import (
     definitions_figure,
     learning_curves_figure,
@@ -71,14 +72,26 @@ learning_curves_figure(STUDY, "digits-mixture");
 # - `excess_nats`: what is left at the budget, in nats per unit log-SNR;
 # - `log_regret`: mean of its logarithm over log-spaced iterations, the whole curve in one number;
 # - `paper_style`: iterations until 90 % of the fall to the curve's own end has happened;
-# - `paper_style_floor`: the same, to the floor; where the budget ends before, it is censored (hollow);
+# - `paper_style_floor`: the same, to the floor;
 # - `normalised_area`: area under the curve scaled to fall from 1 to 0;
 # - `exponential`: time constant of an exponential fit; `power_law`: slope of log excess against log iterations.
+#
+# Hollow markers are bounds: the budget ended before the fall did, the fall was over at the first checkpoint (a hundredth
+# of the budget), or the excess is below its own error. The table says how many of the values are of which kind.
 #
 # On the mixture most agree on the clean half and lose each other in the noisy half, where their intervals are wide.
 
 # %%
 definitions_figure(STUDY, "digits-mixture");
+
+# %%
+values = pd.read_csv(STUDY / "difficulty.csv")
+values = values[values["definition"].isin(DEFINITIONS) & values["cell"].isin(cells.query("kind == 'experts'")["cell"])]
+kind = pd.Series("value", index=values.index)
+kind[values["censored"]] = "not learned"  # without any interval
+kind[values["censored"] & values["ci_low"].notna()] = "lower bound"
+kind[values["censored"] & values["ci_high"].notna()] = "upper bound"
+pd.crosstab(values["definition"], kind, normalize="index", colnames=["share"]).round(2).reindex(list(DEFINITIONS))
 
 # %% [markdown]
 # On photographs they do not even agree in tendency. Cleaner is harder by `excess_nats` and `log_regret`; by the rates

@@ -7,7 +7,7 @@ With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i 
     log_regret    mean over log-spaced iterations up to the budget of log e(i): the whole curve in one number.
     paper_style   iterations until (L(i) - L_end) / (L(0) - L_end) falls to 0.1, the curve's own end being the limit
                   (arXiv 2403.10348); depends on the prediction and on the budget, and a stuck expert looks easy.
-    paper_style_floor  the same with L* as the limit; censored where the budget ends before.
+    paper_style_floor  the same with L* as the limit.
     normalised_area    mean over log-spaced iterations of (L(i) - L_end) / (L(0) - L_end).
     exponential   time constant of the least-squares fit L(i) = c + a exp(-i/time).
     power_law     slope of log e(i) against log i over the second half of the log-spaced iterations; 0 is no progress.
@@ -22,7 +22,11 @@ denoiser: an upper bound of the floor, so that e is a lower bound.
 Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly; how far, follows
 from how much the variances of the tasks differ (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3, article 3). One seed does
-not show it at all, and its values have no interval. Where a value is only a bound, the interval is open on that side.
+not show it at all, and its values have no interval.
+
+A value that is only a bound is censored, and its interval is open on the side where the truth may be: above where the
+budget ended before the fall did (rates, area), below where the fall was over at the first checkpoint (rates) or where
+the excess is below its own error (excess, log-regret, power law).
 """
 
 __all__ = [
@@ -40,7 +44,6 @@ __all__ = [
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -186,18 +189,17 @@ class SeedValues:
     Args:
         value: (S, K), on the scale on which errors are added (log where ``log`` is true).
         draw_sd: standard deviation on that scale from the finite set of draws, (K,).
-        censored: (K,), the value is only a bound: an upper one of an excess, a lower one of a rate.
+        at_least, at_most: (K,), the value is only a lower or an upper bound of what it stands for.
         log: whether the scale is logarithmic.
         unit: of the value on the original scale.
-        bounded: whether a censored value is a "lower" or an "upper" bound.
     """
 
     value: Array
     draw_sd: Array
-    censored: npt.NDArray[np.bool_]
+    at_least: npt.NDArray[np.bool_]
+    at_most: npt.NDArray[np.bool_]
     log: bool
     unit: str
-    bounded: Literal["lower", "upper"]
 
 
 def _resolvable(curves: LearningCurves) -> Array:
@@ -208,17 +210,25 @@ def _resolvable(curves: LearningCurves) -> Array:
 def excess_nats(curves: LearningCurves) -> SeedValues:
     """Excess over the floor at the budget."""
     final = _resolvable(curves)[..., -1]
-    unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
     relative = (curves.resolution[..., -1] / final).mean(0)
-    return SeedValues(np.log(final), relative, unresolved, True, "nats per unit log-SNR", "upper")
+    return SeedValues(np.log(final), relative, _never(curves), _unresolved(curves), True, "nats per unit log-SNR")
 
 
 def log_regret(curves: LearningCurves) -> SeedValues:
     """Mean log excess over the log-spaced checkpoints from the first after 0 to the budget."""
     excess = _resolvable(curves)[..., 1:]
     relative = (curves.resolution[..., 1:] / excess).mean((0, 2))
-    unresolved = np.asarray((curves.excess[..., -1] <= curves.resolution[..., -1]).any(0))
-    return SeedValues(np.log(excess).mean(-1), relative, unresolved, False, "log nats per unit log-SNR", "upper")
+    value = np.log(excess).mean(-1)
+    return SeedValues(value, relative, _never(curves), _unresolved(curves), False, "log nats per unit log-SNR")
+
+
+def _unresolved(curves: LearningCurves, since: int = -1) -> npt.NDArray[np.bool_]:
+    """Tasks (K,) of which a seed's excess is below its own error at a checkpoint from ``since`` on."""
+    return np.asarray((curves.excess[..., since:] <= curves.resolution[..., since:]).any((0, 2)))
+
+
+def _never(curves: LearningCurves) -> npt.NDArray[np.bool_]:
+    return np.zeros(curves.loss.shape[1], dtype=bool)
 
 
 def paper_style(curves: LearningCurves) -> SeedValues:
@@ -228,8 +238,13 @@ def paper_style(curves: LearningCurves) -> SeedValues:
 
 def paper_style_floor(curves: LearningCurves) -> SeedValues:
     """Iterations until 90 % of the way from the first held-out loss to the floor is done."""
+    return _iterations_to_fall(curves, _above_floor(curves))
+
+
+def _above_floor(curves: LearningCurves) -> Array:
+    """Share of the way to the floor that is still to go, (S, K, C)."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _iterations_to_fall(curves, curves.excess / curves.excess[..., :1])
+        return np.asarray(curves.excess / curves.excess[..., :1])
 
 
 def _remaining(curves: LearningCurves) -> Array:
@@ -239,39 +254,64 @@ def _remaining(curves: LearningCurves) -> Array:
         return (curves.loss - end) / (first - end)
 
 
-def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
-    """First crossing of 10 % remaining, interpolated in log iteration; the budget, censored, where there is none."""
-    S, K, C = remaining.shape
+def _crossing(remaining: Array) -> npt.NDArray[np.int64]:
+    """Index of the first checkpoint with at most 10 % remaining, (S, K); the last one where there is none.
+
+    With a curve's own end as the limit its last point is always below: crossing there says "not before the budget".
+    """
     below = remaining <= 1 - PAPER_FALL
-    crossing = np.where(below.any(-1), below.argmax(-1), C - 1)
-    # With a curve's own end as the limit its last point is always below: crossing there says "not before the budget".
-    censored = crossing >= C - 1
-    value = np.empty((S, K))
-    for s, k in np.ndindex(S, K):
+    return np.where(below.any(-1), below.argmax(-1), remaining.shape[-1] - 1)
+
+
+def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
+    """First crossing of 10 % remaining, interpolated in log iteration.
+
+    The budget, a lower bound, where there is none before; the first checkpoint, an upper bound, where it lies below.
+    """
+    crossing = _crossing(remaining)
+    log_iterations = np.log(curves.iterations[1:])
+    value = np.empty(crossing.shape)
+    for s, k in np.ndindex(*crossing.shape):
         j = max(int(crossing[s, k]), 1)
+        value[s, k] = log_iterations[j - 1]
         before, after = remaining[s, k, j - 1], remaining[s, k, j]
-        share = (before - (1 - PAPER_FALL)) / (before - after) if before > after else 1.0
-        low, high = np.log(max(curves.iterations[j - 1], 0.5)), np.log(curves.iterations[j])
-        value[s, k] = low + np.clip(share, 0, 1) * (high - low)
-    return _rate(curves, value, np.asarray(censored.any(0)), "iterations", log=True)
+        if j > 1 and before > after:
+            share = np.clip((before - (1 - PAPER_FALL)) / (before - after), 0, 1)
+            value[s, k] -= (1 - share) * (log_iterations[j - 1] - log_iterations[j - 2])
+    end_not_seen = np.asarray((crossing >= remaining.shape[-1] - 1).any(0))
+    start_not_seen = np.asarray((crossing <= 1).any(0))
+    return _rate(curves, value, end_not_seen, start_not_seen, "iterations", log=True)
 
 
 def _rate(
-    curves: LearningCurves, value: Array, censored: npt.NDArray[np.bool_], unit: str, *, log: bool
+    curves: LearningCurves,
+    value: Array,
+    at_least: npt.NDArray[np.bool_],
+    at_most: npt.NDArray[np.bool_],
+    unit: str,
+    *,
+    log: bool,
 ) -> SeedValues:
     """A rate of the fall: a stuck expert falls by nothing quickly, and has no rate rather than a good one."""
     value[:, curves.stuck] = np.nan
-    return SeedValues(value, np.zeros(value.shape[1]), censored, log, unit, "lower")
+    return SeedValues(value, np.zeros(value.shape[1]), at_least, at_most, log, unit)
 
 
 def normalised_area(curves: LearningCurves) -> SeedValues:
-    """Mean over log-spaced iterations of the share of the fall that is still to come."""
+    """Mean over log-spaced iterations of the share of the fall that is still to come.
+
+    A lower bound where the budget ends before 90 % of the way to the floor: the rest was still to come as well.
+    """
     value = _remaining(curves)[..., 1:].mean(-1)
-    return _rate(curves, value, np.zeros(value.shape[1], dtype=bool), "share of the fall", log=False)
+    end_not_seen = np.asarray((_crossing(_above_floor(curves)) >= len(curves.iterations) - 1).any(0))
+    return _rate(curves, value, end_not_seen, _never(curves), "share of the fall", log=False)
 
 
 def exponential(curves: LearningCurves) -> SeedValues:
-    """Time constant of an exponential fit to the held-out loss; censored where it exceeds the budget."""
+    """Time constant of an exponential fit to the held-out loss.
+
+    A lower bound where it exceeds the budget or nothing fits, an upper one where it lies before the first checkpoint.
+    """
     S, K, _ = curves.loss.shape
     budget = curves.iterations[-1]
     value = np.full((S, K), np.nan)
@@ -290,8 +330,9 @@ def exponential(curves: LearningCurves) -> SeedValues:
         except RuntimeError:  # no convergence: this curve is no exponential at all
             continue
         value[s, k] = log_time
-    censored = np.asarray((value > np.log(budget)).any(0) | np.isnan(value).any(0))
-    return _rate(curves, value, censored, "iterations", log=True)
+    end_not_seen = np.asarray((value > np.log(budget)).any(0) | np.isnan(value).any(0))
+    start_not_seen = np.asarray((value < np.log(curves.iterations[1])).any(0))
+    return _rate(curves, value, end_not_seen, start_not_seen, "iterations", log=True)
 
 
 def _exponential_fall(iteration: Array, end: float, height: float, log_time: float) -> Array:
@@ -300,13 +341,17 @@ def _exponential_fall(iteration: Array, end: float, height: float, log_time: flo
 
 
 def power_law(curves: LearningCurves) -> SeedValues:
-    """Least-squares slope of log excess against log iteration over the second half of the checkpoints."""
+    """Least-squares slope of log excess against log iteration over the second half of the checkpoints.
+
+    An upper bound where the excess falls below its own error there: what is left falls on unseen.
+    """
     half = 1 + (len(curves.iterations) - 1) // 2
     x = np.log(curves.iterations[half:])
     y = np.log(_resolvable(curves)[..., half:])
     centred = x - x.mean()
     value = (centred * y).sum(-1) / (centred**2).sum()
-    return _rate(curves, value, np.zeros(value.shape[1], dtype=bool), "d log excess / d log iterations", log=False)
+    unit = "d log excess / d log iterations"
+    return _rate(curves, value, _never(curves), _unresolved(curves, since=half), unit, log=False)
 
 
 DEFINITIONS: Mapping[str, Callable[[LearningCurves], SeedValues]] = {
@@ -360,7 +405,6 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, si
     sd = np.sqrt(variance / len(values.value) + values.draw_sd**2)
     half = student_t.ppf(0.5 + INTERVAL_LEVEL / 2, degrees) * sd
     back = np.exp if values.log else np.asarray
-    open_side = "ci_high" if values.bounded == "lower" else "ci_low"
     table = pd.DataFrame(
         {
             "task": np.arange(len(centre)),
@@ -369,11 +413,12 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, si
             "ci_low": back(centre - half),
             "ci_high": back(centre + half),
             "scale": "log" if values.log else "linear",
-            "censored": values.censored | curves.diverged | curves.stuck,
+            "censored": values.at_least | values.at_most | curves.diverged | curves.stuck,
             "unit": values.unit,
         }
     )
-    table.loc[values.censored, open_side] = np.nan
+    table.loc[values.at_least, "ci_high"] = np.nan
+    table.loc[values.at_most, "ci_low"] = np.nan
     table.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan
     return table
 

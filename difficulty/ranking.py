@@ -192,8 +192,8 @@ class Estimate:
         """Values (count, K) as they might have come out: normal about the value on the interval's own scale.
 
         Missing values are +inf where they mean hardest, NaN otherwise. A lower bound, with an interval open above, is
-        +inf as well: it is that of a task whose end was not seen, and where it was seen the value is smaller. A value
-        without an interval may be any.
+        +inf as well if no task whose end was seen has more; if one has, half the time. A value without an interval may
+        be any.
         """
         to_scale = np.log if self.log else np.asarray
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -205,7 +205,9 @@ class Estimate:
         if anywhere.any():
             sd[anywhere] = 1e6 * (1.0 + np.ptp(centre[np.isfinite(centre)]))
         drawn = centre + sd * rng.standard_normal((count, len(centre)))
-        drawn = np.where(self.end_not_seen, np.inf, drawn)
+        seen = centre[np.isfinite(centre) & ~self.end_not_seen]
+        beyond = (centre >= seen.max(initial=-np.inf)) | (rng.random((count, 1)) < 0.5)
+        drawn = np.where(self.end_not_seen & beyond, np.inf, drawn)
         return np.where(np.isnan(centre), np.inf if self.hardest_if_missing else np.nan, drawn)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from learning_curves import BUDGET, exponential, losses_of
+from learning_curves import BUDGET, ITERATIONS, exponential, losses_of
 from scipy.stats import t as student_t
 
 from difficulty.convergence import _seed_variance, convergence_table, loss_table
@@ -193,3 +193,38 @@ def test_a_bound_has_an_interval_that_is_open_on_its_side():
     assert late["censored"]
     assert np.isnan(late["ci_high"])
     assert late["ci_low"] <= late["value"]
+
+
+@pytest.mark.parametrize("definition", ["paper_style", "paper_style_floor", "exponential"])
+def test_of_a_fall_that_was_over_at_the_first_checkpoint_only_an_upper_bound_is_known(definition):
+    losses = losses_of([exponential(1), exponential(100)], range(3), noise=0.05)
+    table = convergence_table(losses, BUDGET)
+    early = table[(table["definition"] == definition) & (table["task"] == 0)].iloc[0]
+    assert early["censored"]
+    assert np.isnan(early["ci_low"])
+    assert early["value"] <= early["ci_high"] <= 1.5 * ITERATIONS[1]
+    assert not value(table, definition, 1, "censored")
+
+
+def test_the_first_checkpoint_is_the_bound_of_a_fall_that_was_over_before():
+    table = convergence_table(losses_of([exponential(1), exponential(3)]), BUDGET)
+    np.testing.assert_allclose(table.loc[table["definition"] == "paper_style", "value"], ITERATIONS[1])
+
+
+def test_the_area_of_a_fall_that_goes_on_at_the_budget_is_a_lower_bound():
+    curves = [exponential(100), lambda i: 0.3 + 0.7 * np.exp(-i / 100)]  # the second one is still on its way
+    table = convergence_table(losses_of(curves, range(3), noise=0.05), BUDGET)
+    rows = table[table["definition"] == "normalised_area"]
+    assert rows["censored"].tolist() == [False, True]
+    assert rows["ci_high"].isna().tolist() == [False, True]
+    assert rows["ci_low"].notna().all()
+
+
+def test_the_power_law_of_an_excess_that_falls_below_its_error_is_an_upper_bound():
+    losses = losses_of([lambda i: max(i, 1) ** -1.0] * 2, range(3), noise=0.05)
+    losses.loc[losses["task"] == 1, "excess_se"] = 1 / 400  # reached after 400 of 1000 iterations
+    table = convergence_table(losses, BUDGET)
+    rows = table[table["definition"] == "power_law"]
+    assert rows["censored"].tolist() == [False, True]
+    assert rows["ci_low"].isna().tolist() == [False, True]
+    assert rows["value"].iloc[1] > rows["value"].iloc[0] + 0.2

@@ -193,6 +193,18 @@ def test_tasks_whose_end_was_not_seen_share_the_hardest_places():
     assert [(measure.rank_low[k], measure.rank_high[k]) for k in (7, 8, 9)] == [(8, 10)] * 3
 
 
+def test_a_lower_bound_below_values_that_were_seen_may_take_any_place_from_its_own_on():
+    value = np.arange(1.0, 11.0)
+    tables = estimate(value, flagged=value == 4)
+    bound = Estimate(
+        "iterations", value, tables.ci_low, np.where(value == 4, np.nan, tables.ci_high), True, value == 4,
+        hardest_if_missing=True,
+    )  # fmt: skip
+    measure = ranking_of(m=bound).measures["m"]
+    assert (measure.rank_low[3], measure.rank_high[3]) == (4, 10)
+    assert (measure.rank_low[4], measure.rank_high[4]) == (4, 5)
+
+
 def test_of_equal_neighbours_few_rankings_tell_any_apart():
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(200):
