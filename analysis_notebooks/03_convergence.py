@@ -76,8 +76,9 @@ learning_curves_figure(STUDY, "digits-mixture");
 # - `normalised_area`: area under the curve scaled to fall from 1 to 0;
 # - `exponential`: time constant of an exponential fit; `power_law`: slope of log excess against log iterations.
 #
-# Hollow markers are bounds: the budget ended before the fall did, the fall was over at the first checkpoint (a hundredth
-# of the budget), or the excess is below its own error. The table says how many of the values are of which kind.
+# Hollow markers are bounds: the budget ended before the fall did, the fall was over at the first checkpoint (a
+# hundredth of the budget), or the excess is below its own error. The table says how many of the values are of which
+# kind.
 #
 # On the mixture most agree on the clean half and lose each other in the noisy half, where their intervals are wide.
 

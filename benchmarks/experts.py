@@ -44,7 +44,7 @@ EXPERTS, BATCH = 20, 128
 # Data, network, iterations in a round.
 CASES = {
     "MLP 2-D": ("grid-2d", "mlp:width=64", 40),
-    "MLP 64-D": ("digits-mixture", "mlp", 20),
+    "MLP 64-D": ("digits-mixture", "mlp", 40),
     "small UNet 8x8": ("digits", "unet:width=16", 1),
     "tiny DiT 8x8": ("digits", "dit:width=32", 1),
 }
@@ -131,22 +131,30 @@ def chosen(case, name, processes):
 def _serve(connection, make, case, share, arguments):
     torch.set_num_threads(1)
     run = make(case, share, *arguments)
+    connection.send(True)
     while iterations := connection.recv():
         run(iterations)
         connection.send(True)
 
 
 class OverProcesses:
-    """A contender on a share of the experts in each of the processes, which are started once and kept."""
+    """A contender on a share of the experts in each of the processes, which are started once and kept.
+
+    Processes that start or end take the cores from whoever is timed, so both are waited for.
+    """
 
     def __init__(self, make, case, workers, *arguments):
         context = multiprocessing.get_context("spawn")
-        self.connections = []
+        self.connections, self.processes = [], []
         for w in range(workers):
             share = list(range(w * EXPERTS // workers, (w + 1) * EXPERTS // workers))
             own, other = context.Pipe()
-            context.Process(target=_serve, args=(other, make, case, share, arguments), daemon=True).start()
+            process = context.Process(target=_serve, args=(other, make, case, share, arguments), daemon=True)
+            process.start()
             self.connections.append(own)
+            self.processes.append(process)
+        for connection in self.connections:
+            connection.recv()
 
     def __call__(self, iterations):
         for connection in self.connections:
@@ -157,6 +165,8 @@ class OverProcesses:
     def close(self):
         for connection in self.connections:
             connection.send(0)
+        for process in self.processes:
+            process.join()
 
 
 def contenders(case, threads, compiled):
@@ -217,6 +227,7 @@ def matrix_gflops():
 def measure(case, threads, rounds, compiled, memory):
     """One row per contender."""
     torch.set_num_threads(threads)
+    peak, flops = matrix_gflops(), flops_per_iteration(case)
     iterations = CASES[case][2]
     kinds = contenders(case, threads, compiled)
     runs = {
@@ -238,7 +249,6 @@ def measure(case, threads, rounds, compiled, memory):
     for run in runs.values():
         if isinstance(run, OverProcesses):
             run.close()
-    peak, flops = matrix_gflops(), flops_per_iteration(case)
     rows = []
     for name, values in times.items():
         ratios = sorted(a / b for a, b in zip(times[PLAIN], values, strict=True))

@@ -82,6 +82,11 @@ def load_denoiser(path: Path) -> Denoiser:
     Raises:
         InputError: if the file is missing, truncated, foreign or of another version.
     """
+    return _read_denoiser(path)[0]
+
+
+def _read_denoiser(path: Path) -> tuple[Denoiser, tuple[int, ...]]:
+    """The denoiser and the shape of its samples."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -98,12 +103,13 @@ def load_denoiser(path: Path) -> Denoiser:
         raise InputError(f"{path} has format {facts['format']!r}; this version reads {DENOISER_FORMAT!r}")
     process = from_arrays(tensors.pop("alpha").numpy(), tensors.pop("sigma").numpy(), facts["process"])
     spec = network_of(facts["network"], facts.get("network_file"), path.parent)
-    network = build_network(spec, tuple(facts["shape"]), 0)
+    shape = tuple(facts["shape"])
+    network = build_network(spec, shape, 0)
     try:
         network.load_state_dict({key.removeprefix("network/"): value for key, value in tensors.items()})
     except RuntimeError as error:
         raise InputError(f"{path} does not fit network {facts['network']!r} ({first_line(error)})") from None
-    return Denoiser(network, process, facts["prediction"], facts["data_std"], baseline=facts["baseline"]).eval()
+    return Denoiser(network, process, facts["prediction"], facts["data_std"], baseline=facts["baseline"]).eval(), shape
 
 
 def load_model(spec: str | Path) -> TrainedModel:
@@ -124,8 +130,15 @@ def load_model(spec: str | Path) -> TrainedModel:
     if path.is_dir() and (path / DENOISER_FILE).exists():
         path = path / DENOISER_FILE
     if path.is_file():
-        denoiser = load_denoiser(path)
-        return TrainedModel(text, denoiser.process, denoiser.eps)
+        denoiser, shape = _read_denoiser(path)
+
+        def eps(x_t: Tensor, t: Tensor) -> Tensor:
+            # Some networks flatten their samples, and would take those of another layout for their own.
+            if tuple(x_t.shape[1:]) != shape:
+                raise InputError(f"{text} was trained on samples of shape {shape}, not {tuple(x_t.shape[1:])}")
+            return denoiser.eps(x_t, t)
+
+        return TrainedModel(text, denoiser.process, eps)
     if any((path / name / "config.json").exists() for name in (".", *BACKBONES)):
         return _from_diffusers(path)
     raise InputError(

@@ -88,6 +88,8 @@ def test_a_denoiser_is_read_back_as_it_was_written(tmp_path):
     x, t = torch.randn(5, 4), torch.tensor([1, 10, 20, 30, 50])
     assert torch.equal(again.eps(x, t), denoiser.eps(x, t))
     again.process.check_fingerprint(denoiser.process.fingerprint, "the file")
+    with pytest.raises(InputError, match=r"was trained on samples of shape \(4,\), not \(2, 2\)"):
+        again.eps(x.reshape(5, 2, 2), t)
 
 
 @pytest.fixture(scope="module")
