@@ -5,7 +5,7 @@ function (quadrature), whatever rotation is applied; a mixture and a ring are ex
 sphere depends on the radius only; a singular law in D dimensions adds the codimension times the Gaussian term.
 """
 
-__all__ = ["JUDGING", "LAWS", "KnownLaw"]
+__all__ = ["DECEIVING", "JUDGING", "LAWS", "KnownLaw"]
 
 import math
 from abc import ABC, abstractmethod
@@ -194,6 +194,46 @@ class Sphere(KnownLaw):
         return kl_from_log_ratio(torch.stack(out))[0].numpy()
 
 
+class Orthants(KnownLaw):
+    """N(0, v I) on those orthants whose signs multiply to +1: all but one of the coordinates are exactly Gaussian."""
+
+    def __init__(self, dim, v):
+        self.dim, self.v = dim, v
+
+    def sample(self, n, rng):
+        z = math.sqrt(self.v) * rng.standard_normal((n, self.dim))
+        z[:, 0] = np.abs(z[:, 0]) * np.sign(z[:, 1:].prod(1))
+        return z
+
+    def log_prob(self, x, alpha, sigma):
+        variance = alpha**2 * self.v + sigma**2
+        # Mean over standard deviation of x0 given x, times sqrt(1/2).
+        ratio = alpha * x * math.sqrt(self.v / (2 * variance)) / sigma
+        return np.log1p(special.erf(ratio).prod(1)) - 0.5 * (x**2 / variance + np.log(2 * np.pi * variance)).sum(1)
+
+    def kl(self, pairs):
+        rng = np.random.default_rng(0)
+        x0, eps = self.sample(200_000, rng), rng.standard_normal((200_000, self.dim))
+        out = []
+        for (a1, s1), (a2, s2) in zip(pairs.first, pairs.second, strict=True):
+            x = a1 * x0 + s1 * eps
+            out.append(torch.from_numpy(self.log_prob(x, a1, s1) - self.log_prob(x, a2, s2)))
+        return kl_from_log_ratio(torch.stack(out))[0].numpy()
+
+
+class Copies(KnownLaw):
+    """Independent copies of a law, rotated together."""
+
+    def __init__(self, law, count, rotation):
+        self.law, self.count, self.rotation, self.dim = law, count, rotation, count * law.dim
+
+    def sample(self, n, rng):
+        return rotated(np.concatenate([self.law.sample(n, rng) for _ in range(self.count)], 1), self.rotation)
+
+    def kl(self, pairs):
+        return self.count * self.law.kl(pairs)
+
+
 def rotated(x, seed):
     return x if seed is None or x.shape[1] < 2 else x @ stats.ortho_group.rvs(x.shape[1], random_state=seed).T
 
@@ -243,6 +283,37 @@ def spikes(k, dim, seed, spread=1.0):
 def grid(std, side=5):
     means = np.stack(np.meshgrid(*[np.linspace(-1, 1, side)] * 2), -1).reshape(-1, 2)
     return Exact(GaussianMixture(np.ones(len(means)), means, np.broadcast_to(std**2 * np.eye(2), (len(means), 2, 2))))
+
+
+def hermite(points, noise, scale):
+    """Gaussians of width noise about the nodes of a quadrature: its first 2 points - 1 moments are a Gaussian's."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    return Mixture1(weights, scale * nodes, np.full(points, (scale * noise) ** 2))
+
+
+def along(step, mean, slope, variance):
+    """(u, y), u standard normal, y | u of a mean and a variance: Gaussians a step of u apart, drawn out along it."""
+    u = np.arange(-4, 4 + step / 2, step)
+    direction = np.stack([np.ones_like(u), *slope(u)], 1)
+    covariances = step**2 * direction[:, :, None] * direction[:, None]
+    inner = np.arange(1, direction.shape[1])
+    covariances[:, inner, inner] += np.stack(variance(u), 1)
+    return Exact(GaussianMixture(np.exp(-(u**2) / 2), np.stack([u, *mean(u)], 1), covariances))
+
+
+def banana():
+    return along(0.05, lambda u: [0.7 * (u**2 - 1)], lambda u: [1.4 * u], lambda u: [np.full_like(u, 0.01)])
+
+
+def funnel(dim, widening):
+    """Neal's funnel: the logarithm of the standard deviation of the other coordinates is widening times the first."""
+    flat = lambda u: [np.zeros_like(u)] * (dim - 1)  # noqa: E731
+    return along(0.1, flat, flat, lambda u: [np.exp(2 * widening * u)] * (dim - 1))
+
+
+def rare_clusters():
+    covariances = np.array([1.0, 0.01, 4e-4])[:, None, None] * np.eye(10)
+    return Exact(GaussianMixture([0.89, 0.1, 0.01], np.array([0.0, 1.5, -1.0])[:, None] * np.ones(10), covariances))
 
 
 TWO = ([1, 1], [-1, 1])
@@ -330,4 +401,18 @@ JUDGING: Mapping[str, Callable[[], KnownLaw]] = {
     "spikes30-5": lambda: spikes(30, 5, 28),
     "spikes200-24": lambda: spikes(200, 24, 29),
     "corners-4": lambda: Product([Mixture1(*TWO, [0, 0])] * 4, rotation=30),
+}
+
+# Laws made to deceive: right in their low moments or in all marginals, or with a small part that few samples show.
+DECEIVING: Mapping[str, Callable[[], KnownLaw]] = {
+    "moments5-10": lambda: Product([hermite(3, 0.3, 0.5)] * 10, rotation=21),
+    "moments7-20": lambda: Product([hermite(4, 0.2, 1.5)] * 20, rotation=25),
+    "moments5-unequal-24": lambda: Product([hermite(3, 0.2, 1)] * 24, scales=np.geomspace(0.2, 3, 24), rotation=26),
+    "moments5-4-of-40": lambda: Product([hermite(3, 0.2, 0.7)] * 4 + [Mixture1([1], [0], [3.0])] * 36, rotation=33),
+    "orthants-5": lambda: Copies(Orthants(5, 0.3), 1, 27),
+    "orthants-5x4": lambda: Copies(Orthants(5, 0.3), 4, 29),
+    "bananas-10": lambda: Copies(banana(), 5, 4),
+    "funnel-mild-5": lambda: funnel(5, 0.6),
+    "funnel-5": lambda: funnel(5, 1.2),
+    "rare-clusters-10": rare_clusters,
 }

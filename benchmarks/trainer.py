@@ -2,7 +2,8 @@
 
 The reference is the loop of the diffusers training tutorial: accelerate, DDPMScheduler.add_noise, torch.randint for t,
 AdamW, gradient clipping, a cosine learning rate, EMAModel, and a DataLoader; on the same network, batch and machine.
-Blocks of both alternate, so that a busy machine disturbs both alike; speeds are paired ratios with 95 % intervals.
+Blocks of both alternate, so that a busy machine disturbs both alike; speeds are paired ratios with 95 % intervals, and
+what draws and checks cost are medians with the 95 % intervals of their order statistics.
 
     python benchmarks/trainer.py --out results/trainer-speed
     python benchmarks/trainer.py --device cuda --precision bf16 --compile
@@ -134,6 +135,21 @@ def ratio(over: pd.Series, under: pd.Series) -> dict[str, float]:
     }
 
 
+def median_interval(values: np.ndarray) -> np.ndarray:
+    """Median, and the order statistics that hold the true one in at least 95 % of the cases."""
+    values = np.sort(values)
+    # The true median has this many of the values or fewer below it in less than 2.5 % of the cases.
+    place = max(int(stats.binom.ppf(0.025, len(values), 0.5)) - 1, 0)
+    return np.array([np.median(values), values[place], values[-1 - place]])
+
+
+def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Sum of two independent medians with intervals."""
+    middle = first[0] + second[0]
+    half = np.hypot(first[1:] - first[0], second[1:] - second[0])
+    return np.array([middle, middle - half[0], middle + half[1]])
+
+
 def draws(process, curriculum) -> Callable[[int], None]:
     sampler = TimestepSampler(process, curriculum, budget=10**9)
     loss, step = torch.tensor(1.0), iter(range(10**9))
@@ -154,8 +170,8 @@ def randint(process) -> Callable[[int], None]:
     return run
 
 
-def check_microseconds(network: str, options: argparse.Namespace, checks: int = 15) -> float:
-    """Median cost per step of the checks of `held-out`, with draws enough for its ``cost`` to limit them."""
+def check_microseconds(network: str, options: argparse.Namespace, checks: int = 30) -> np.ndarray:
+    """Cost per step of each of some checks of `held-out`, with draws enough for its ``cost`` to limit them."""
     data, process = load_dataset("digits"), get_process("vp-linear")
     endless = interval_curriculum(process, k=2, pacing="held-out", pacing_options={"least": 10**6, "cap": 1.0})
     plan = TrainPlan(
@@ -171,7 +187,7 @@ def check_microseconds(network: str, options: argparse.Namespace, checks: int = 
         begin = time.perf_counter()
         trainer.report_heldout(heldout)
         seconds.append(time.perf_counter() - begin)
-    return 1e6 * float(np.median(seconds)) / every
+    return 1e6 * np.array(seconds) / every
 
 
 def contestants(network: str, options: argparse.Namespace) -> dict[str, Callable[[], Callable[[int], None]]]:
@@ -222,8 +238,10 @@ def main() -> None:
     process = get_process("vp-linear")
     patient = interval_curriculum(process, k=20, pacing_options={"tau": 10**6})
     cost = paired(
-        {"randint": randint(process), "uniform": draws(process, None), "patience": draws(process, patient)}, 2000, 15
+        {"randint": randint(process), "uniform": draws(process, None), "patience": draws(process, patient)}, 2000, 30
     )
+    beyond = {name: 1e3 * (cost[name] - cost["randint"]).to_numpy() for name in ("uniform", "patience")}
+    drawing = {name: median_interval(micros) for name, micros in beyond.items()}
     speed, overhead = [], []
     for network in NETWORKS:
         steps = options.steps if network == "mlp" else max(options.steps // 10, 2)
@@ -235,11 +253,12 @@ def main() -> None:
             {"network": network, **{f"{name}_ms": median[name] for name in ms}}
             | {"samples_per_second": BATCH / median["trainer"] * 1e3, **ratio(ms["diffusers"], ms["trainer"]), **memory}
         )
-        drawing = {pacing: 1e3 * (cost[pacing] - cost["randint"]).median() for pacing in ("uniform", "patience")}
-        checking = {"held-out": drawing["uniform"] + check_microseconds(network, options)}
-        for pacing, micros in (drawing | checking).items():
-            share = micros / 1e3 / median["trainer"]
-            overhead.append({"network": network, "pacing": pacing, "microseconds": micros, "share_of_step": share})
+        checking = joined(drawing["uniform"], median_interval(check_microseconds(network, options)))
+        for pacing, found in (drawing | {"held-out": checking}).items():
+            facts = {"network": network, "pacing": pacing}
+            for name, unit in (("microseconds", 1.0), ("share_of_step", 1e3 * median["trainer"])):
+                facts |= dict(zip((name, f"{name}_low", f"{name}_high"), found / unit, strict=True))
+            overhead.append(facts)
     tables = {"speed": pd.DataFrame(speed), "overhead": pd.DataFrame(overhead)}
     for table in tables.values():
         print(table.round(4).to_string(index=False))

@@ -33,11 +33,11 @@ from difficulty.records import check_columns, read_table
 from difficulty.relative_entropy.auto import candidates
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import law_draws, time_scores
-from difficulty.relative_entropy.families import quiet_unmixing
 from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.unmixing import quiet_unmixing
 from difficulty.threads import one_thread, together
 
 Array = npt.NDArray[np.float64]

@@ -16,9 +16,9 @@ from difficulty.process import Process, get_process
 from difficulty.randomness import check_seed
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.estimators import ESTIMATORS
-from difficulty.relative_entropy.families import quiet_unmixing
 from difficulty.relative_entropy.pairs import EXCLUDED_FIRST, Pairs, make_pairs, upper_bound
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.unmixing import quiet_unmixing
 from difficulty.threads import one_thread
 
 COLUMNS = (

@@ -1,12 +1,7 @@
 """Families of laws that can be fitted to rows, each one function with the same arguments."""
 
-__all__ = [
-    "MOST_AXES", "Candidate", "Plan", "fit_candidate", "has_independent_axes", "leading_axes", "quiet_unmixing",
-]  # fmt: skip
+__all__ = ["MOST_AXES", "Candidate", "Plan", "fit_candidate", "leading_axes"]
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +20,7 @@ from difficulty.relative_entropy.mixture import (
     student_scales,
 )
 from difficulty.relative_entropy.pairs import Pairs
+from difficulty.relative_entropy.unmixing import LOGCOSH, independent_axes, principal
 
 Array = npt.NDArray[np.float64]
 
@@ -33,7 +29,6 @@ Array = npt.NDArray[np.float64]
 ALL_AXES, ROWS_PER_AXIS = 192, 15
 MOST_AXES = 96
 BINS = 256
-LARGEST_COVARIANCE = 3.5  # in standard errors
 # A fit to a part of the rows starts from the fit to all of them and is soon there.
 WARM_ITERATIONS, COLD_ITERATIONS = 15, 50
 
@@ -92,11 +87,13 @@ class Plan:
         leading: number of leading principal axes that a mixture models; the others are Gaussian.
         floor: smallest variance of a component.
         seed: of k-means and of the search for independent axes.
+        contrast: of that search (``unmixing``).
     """
 
     leading: int
     floor: float
     seed: int
+    contrast: str = LOGCOSH
 
     @classmethod
     def of(cls, rank: int, n: int, variance: float, pairs: Pairs, seed: int) -> "Plan":
@@ -119,7 +116,7 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
         return Fit([(slice(0, d), _gaussian(rows, counts))])
     if candidate.independent_axes:
         # The axes are searched in the same rows: axes found in all of them would hide the error of finding them.
-        axes = independent_axes(rows, counts, plan.seed)
+        axes = independent_axes(rows, counts, plan.seed, plan.contrast)
         if candidate.family == "product":
             weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor)
         else:
@@ -132,7 +129,7 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
     rotation = None
     if leading < d:
         # Principal axes of these rows, for the same reason.
-        rotation = _principal(rows, counts)[1]
+        rotation = principal(rows, counts)[1]
         rows = rows @ rotation
     inner = rows[:, :leading]
     if candidate.family == "scale":
@@ -161,17 +158,8 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
     return Fit(blocks, None if rotation is None else torch.from_numpy(rotation))
 
 
-def _principal(rows: Array, counts: Array) -> tuple[Array, Array]:
-    """Variances and principal axes (d, d), largest first."""
-    centred = (rows - np.average(rows, axis=0, weights=counts)) * np.sqrt(counts / counts.sum())[:, None]
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    axes = axes[:, ::-1].copy()
-    # The product squares the condition number; the variances are read off the rotated rows instead.
-    return ((centred @ axes) ** 2).sum(0), axes
-
-
 def _gaussian(rows: Array, counts: Array) -> GaussianBlock:
-    values, axes = _principal(rows, counts)
+    values, axes = principal(rows, counts)
     return GaussianBlock(values, np.average(rows, axis=0, weights=counts) @ axes, axes)
 
 
@@ -219,58 +207,3 @@ def fit_student_axes(x: Array, counts: Array, floor: float) -> tuple[Array, Arra
         weights[i, : len(mass)], means[i] = mass, location
         variances[i, : len(mass)] = factors * shape[0, 0]
     return weights, means, variances
-
-
-def has_independent_axes(rows: Array, counts: Array, seed: int) -> bool:
-    """Whether orthogonal axes stand out along which the rows are independent and not Gaussian."""
-    n, d = rows.shape
-    if d == 1:
-        return True
-    unit, sources = _unmix(rows, counts, seed)
-    # Distance of the axes from orthogonality, against what the error of an estimated axis explains.
-    orthogonal = np.abs(unit.T @ unit - np.eye(d)).max() < max(0.25, 4 * np.sqrt(d / n))
-    square = sources**2 / (sources**2).mean(0)
-    kurtosis = (square**2).mean(0) - 3
-    # Squares of independent components do not covary. On a sphere, and under radial heavy tails, they do, whatever
-    # axes.
-    spread = square.var(0)
-    covariance = square.sum(1).var() - spread.sum()
-    error = 2 * np.sqrt((spread.sum() ** 2 - (spread**2).sum()) / 2 / n)
-    independent = np.abs(covariance) < LARGEST_COVARIANCE * error
-    return bool(orthogonal and independent and np.abs(kurtosis).max() > 3 * np.sqrt(24 / n))
-
-
-def independent_axes(rows: Array, counts: Array, seed: int) -> Array:
-    """Orthonormal axes, shape (d, d), along which the rows are as independent as can be.
-
-    Independent components are found after whitening; the noise is independent only along orthogonal axes, and the
-    nearest such ones are returned.
-    """
-    if rows.shape[1] == 1:
-        return np.eye(1)
-    left, _, right = np.linalg.svd(_unmix(rows, counts, seed)[0])
-    return left @ right
-
-
-@contextmanager
-def quiet_unmixing() -> Iterator[None]:
-    """Without the warning of a search for independent axes that found none; ``has_independent_axes`` judges them.
-
-    Around all fits and not in each: the filters of warnings belong to the process, and fits run in several threads.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="FastICA did not converge")
-        yield
-
-
-def _unmix(rows: Array, counts: Array, seed: int) -> tuple[Array, Array]:
-    """Directions of the independent components as unit columns (d, d), and the components (n, d)."""
-    from sklearn.decomposition import FastICA
-
-    values, axes = _principal(rows, counts)
-    scale = np.sqrt(values)
-    white = (rows - np.average(rows, axis=0, weights=counts)) @ axes / scale
-    fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed)
-    sources = fit.fit_transform(white)
-    mixing = (axes * scale) @ fit.components_.T
-    return mixing / np.linalg.norm(mixing, axis=0), sources

@@ -18,6 +18,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 
 __all__ = ["PLAUSIBLE", "Judge"]
 
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
-from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate, has_independent_axes
+from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
 from difficulty.relative_entropy.fits import Fit, Measured, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
@@ -38,6 +39,7 @@ from difficulty.relative_entropy.rates import add_rates
 from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import LARGEST_STEP
+from difficulty.relative_entropy.unmixing import contrast_of_axes
 from difficulty.relative_entropy.verdict import (
     FAR_SHARE,
     Findings,
@@ -100,8 +102,11 @@ class Judge:
         largest = float(sample.eigenvalues.max(initial=1e-30))
         self.plan = Plan.of(sample.rank, sample.n, largest, pairs, settings.seed)
         small = sample.n >= 8 * sample.rank and 1 <= sample.rank <= MOST_AXES
-        if not (small and has_independent_axes(sample.rows, sample.counts, settings.seed)):
+        contrast = contrast_of_axes(sample.rows, sample.counts, settings.seed) if small else None
+        if contrast is None:
             pool = [c for c in pool if not c.independent_axes]
+        else:
+            self.plan = replace(self.plan, contrast=contrast)
         self.pool = pool
         # Beyond this noise every law is Gaussian to all digits, and s itself may be infinite.
         self.tau = np.minimum(self.anchors.tau, 0.5 * np.log(sample.second_moment + 1e-30) + 7)

@@ -1,9 +1,11 @@
 """When a relative entropy that was estimated from a sample counts as measured, and what to do where it does not.
 
-A pair is valid if its error allows to promise 30 % and no held-out test objects to its fit, here or at more noise: one
-law is behind all levels, and what is wrong under more noise is wrong under less. Directions in which the data do not
-vary contribute a part that is known exactly; the rest is judged by the share that it *could* have by its own upper
-bound F7: a fit that is too smooth makes the rest small, and must not excuse itself by that.
+A pair is valid if its error allows to promise 30 % and no held-out test objects to its fit, here or at more noise:
+one law is behind all levels, and what is wrong under more noise is wrong under less. A pair that passes alone,
+between two that do not, passed by luck: neighbours share the fit and most of its errors, and the tests are many.
+Directions in which the data do not vary contribute a part that is known exactly; the rest is judged by the share that
+it *could* have by its own upper bound F7: a fit that is too smooth makes the rest small, and must not excuse itself
+by that.
 
 Where the fit is refused the relative entropy still lies in a bracket: above the exact part plus the certified lower
 bound of F6, 1/2 E[f g]^2/E[f^2] on held-out rows, which holds for any f, and below F7. If the bracket is no wider than
@@ -171,7 +173,17 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     reason = np.full(len(noise), "", dtype=object)
     for fails, text in found_wanting[::-1]:
         reason[np.asarray(fails, bool)] = text
+    reason[_between_refused(reason, pairs.tau)] = "the pairs of a little more and a little less noise are both refused"
     return reason
+
+
+def _between_refused(reason: npt.NDArray[np.object_], tau: Array) -> npt.NDArray[np.bool_]:
+    """Which valid pairs have a refused one on either side in noise, (m,)."""
+    order = np.argsort(tau)
+    fails = reason[order] != ""
+    alone = np.zeros(len(tau), dtype=bool)
+    alone[order[1:-1]] = fails[:-2] & ~fails[1:-1] & fails[2:]
+    return alone
 
 
 def _here_or_at_more_noise(fails: npt.NDArray[np.bool_], tau: Array, family: list[Candidate]) -> npt.NDArray[np.bool_]:

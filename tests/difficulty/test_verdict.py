@@ -38,3 +38,12 @@ def test_what_held_out_data_refute_under_more_noise_is_refuted_under_less():
         first, second, third = verdicts(sample, [other, one, one], **wrong)
         assert (first, third) == ("", "")
         assert text in second
+
+
+def test_a_pair_that_passes_alone_between_two_that_do_not_is_refused():
+    sample = make_sample(split_samples("rows", np.random.default_rng(0).standard_normal((2000, 2))))
+    families = [Candidate("mixture", k, 3.0) for k in (4, 5, 6)]
+    both = verdicts(sample, families, cross=np.array([1.0, 0.0, 1.0]))
+    assert "both refused" in both[1]
+    assert verdicts(sample, families, cross=np.array([1.0, 0.0, 0.0]))[1:] == ["", ""]
+    assert verdicts(sample, families, cross=np.array([0.0, 0.0, 1.0]))[:2] == ["", ""]
