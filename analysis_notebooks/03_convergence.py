@@ -77,8 +77,8 @@ learning_curves_figure(STUDY, "digits-mixture");
 # - `exponential`: time constant of an exponential fit; `power_law`: slope of log excess against log iterations.
 #
 # Hollow markers are bounds: the budget ended before the fall did, the fall was over at the first checkpoint (a
-# hundredth of the budget), or the excess is below its own error. The table says how many of the values are of which
-# kind.
+# hundredth of the budget), or the excess is below its own error. Tasks with the same bound share its ranks, as their
+# intervals say; their markers stand in the order of t. The table says how many of the values are of which kind.
 #
 # On the mixture most agree on the clean half and lose each other in the noisy half, where their intervals are wide.
 

@@ -169,6 +169,15 @@ class Embedded(KnownLaw):
         return self.law.kl(pairs) + gaussian_kl(pairs, np.zeros(self.null), np.zeros(self.null))
 
 
+def kl_from_draws(noisy, log_prob, pairs: Pairs) -> np.ndarray:
+    """Monte Carlo from ``noisy(alpha, sigma)``, draws of x_t or of what decides its density, and their log density."""
+    out = []
+    for first, second in zip(pairs.first, pairs.second, strict=True):
+        x = noisy(*first)
+        out.append(torch.from_numpy(log_prob(x, *first) - log_prob(x, *second)))
+    return kl_from_log_ratio(torch.stack(out))[0].numpy()
+
+
 class Sphere(KnownLaw):
     """Uniform on the sphere of a radius in ``dim`` dimensions."""
 
@@ -187,11 +196,9 @@ class Sphere(KnownLaw):
     def kl(self, pairs):
         rng = np.random.default_rng(0)
         z, rest = rng.standard_normal(200_000), rng.chisquare(self.dim - 1, 200_000)
-        out = []
-        for (a1, s1), (a2, s2) in zip(pairs.first, pairs.second, strict=True):
-            rho = np.sqrt((a1 * self.radius + s1 * z) ** 2 + s1**2 * rest)
-            out.append(torch.from_numpy(self.log_prob(rho, a1, s1) - self.log_prob(rho, a2, s2)))
-        return kl_from_log_ratio(torch.stack(out))[0].numpy()
+        return kl_from_draws(
+            lambda alpha, sigma: np.sqrt((alpha * self.radius + sigma * z) ** 2 + sigma**2 * rest), self.log_prob, pairs
+        )
 
 
 class Orthants(KnownLaw):
@@ -214,11 +221,7 @@ class Orthants(KnownLaw):
     def kl(self, pairs):
         rng = np.random.default_rng(0)
         x0, eps = self.sample(200_000, rng), rng.standard_normal((200_000, self.dim))
-        out = []
-        for (a1, s1), (a2, s2) in zip(pairs.first, pairs.second, strict=True):
-            x = a1 * x0 + s1 * eps
-            out.append(torch.from_numpy(self.log_prob(x, a1, s1) - self.log_prob(x, a2, s2)))
-        return kl_from_log_ratio(torch.stack(out))[0].numpy()
+        return kl_from_draws(lambda alpha, sigma: alpha * x0 + sigma * eps, self.log_prob, pairs)
 
 
 class Copies(KnownLaw):

@@ -116,9 +116,10 @@ def main() -> None:
         if not parts:
             continue
         pairs = pd.concat(parts, ignore_index=True)
-        for file, table in zip(files, (pairs, summarise(pairs)), strict=True):
+        summary = summarise(pairs)
+        for file, table in zip(files, (pairs, summary), strict=True):
             write_table(arguments.out / f"{file}.csv", table, digits=5)
-        print(summarise(pairs).query("law == '(all)'").to_string(index=False))
+        print(summary.query("law == '(all)'").to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -137,10 +137,7 @@ def ratio(over: pd.Series, under: pd.Series) -> dict[str, float]:
 
 def median_interval(values: np.ndarray) -> np.ndarray:
     """Median, and the order statistics that hold the true one in at least 95 % of the cases."""
-    values = np.sort(values)
-    # The true median has this many of the values or fewer below it in less than 2.5 % of the cases.
-    place = max(int(stats.binom.ppf(0.025, len(values), 0.5)) - 1, 0)
-    return np.array([np.median(values), values[place], values[-1 - place]])
+    return np.array([np.median(values), *stats.quantile_test(values, p=0.5).confidence_interval(0.95)])
 
 
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -263,6 +263,11 @@ def _crossing(remaining: Array) -> npt.NDArray[np.int64]:
     return np.where(below.any(-1), below.argmax(-1), remaining.shape[-1] - 1)
 
 
+def _end_not_seen(remaining: Array) -> npt.NDArray[np.bool_]:
+    """Tasks (K,) of which a seed has more than 10 % remaining at every checkpoint before the budget."""
+    return np.asarray((_crossing(remaining) >= remaining.shape[-1] - 1).any(0))
+
+
 def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
     """First crossing of 10 % remaining, interpolated in log iteration.
 
@@ -278,9 +283,8 @@ def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
         if j > 1 and before > after:
             share = np.clip((before - (1 - PAPER_FALL)) / (before - after), 0, 1)
             value[s, k] -= (1 - share) * (log_iterations[j - 1] - log_iterations[j - 2])
-    end_not_seen = np.asarray((crossing >= remaining.shape[-1] - 1).any(0))
     start_not_seen = np.asarray((crossing <= 1).any(0))
-    return _rate(curves, value, end_not_seen, start_not_seen, "iterations", log=True)
+    return _rate(curves, value, _end_not_seen(remaining), start_not_seen, "iterations", log=True)
 
 
 def _rate(
@@ -303,8 +307,7 @@ def normalised_area(curves: LearningCurves) -> SeedValues:
     A lower bound where the budget ends before 90 % of the way to the floor: the rest was still to come as well.
     """
     value = _remaining(curves)[..., 1:].mean(-1)
-    end_not_seen = np.asarray((_crossing(_above_floor(curves)) >= len(curves.iterations) - 1).any(0))
-    return _rate(curves, value, end_not_seen, _never(curves), "share of the fall", log=False)
+    return _rate(curves, value, _end_not_seen(_above_floor(curves)), _never(curves), "share of the fall", log=False)
 
 
 def exponential(curves: LearningCurves) -> SeedValues:

@@ -52,8 +52,9 @@ def deceiving_sentence():
     )
     valid = (laws["valid"] * laws["pairs"]).sum()
     return (
-        f"Of {len(laws)} laws that were made to deceive (`DECEIVING` there) {valid:.0f} of {row['pairs']:.0f} pairs "
-        f"are valid and {row['beyond_30_percent']:.0f} of these off by more than 30%: {counts}."
+        f"Of {len(laws)} laws that were made to deceive (`DECEIVING` in `benchmarks/known_laws.py`) "
+        f"{valid:.0f} of {row['pairs']:.0f} pairs are valid and {row['beyond_30_percent']:.0f} of these off by more "
+        f"than 30%: {counts}."
     )
 
 
@@ -86,7 +87,7 @@ def trainer_sentence():
     return (
         "Steps per second against the plain accelerate and diffusers loop on the same network, batch and machine "
         f"(digits, batch 128, one CPU thread, paired ratio with 95 % interval): {each}. Drawing timesteps and pacing "
-        f"cost {dearest['microseconds']:.0f} [{dearest['microseconds_low']:.0f}, {dearest['microseconds_high']:.0f}] "
+        f"cost {dearest['microseconds']:.1f} [{dearest['microseconds_low']:.1f}, {dearest['microseconds_high']:.1f}] "
         f"microseconds more per step than torch.randint, {dearest['share_of_step']:.1%} of the shortest step; with the "
         f"checks of `held-out` pacing it is at most {all_in['share_of_step']:.2%} [{all_in['share_of_step_low']:.2%}, "
         f"{all_in['share_of_step_high']:.2%}] of a step."

@@ -102,11 +102,12 @@ class Judge:
         largest = float(sample.eigenvalues.max(initial=1e-30))
         self.plan = Plan.of(sample.rank, sample.n, largest, pairs, settings.seed)
         small = sample.n >= 8 * sample.rank and 1 <= sample.rank <= MOST_AXES
-        contrast = contrast_of_axes(sample.rows, sample.counts, settings.seed) if small else None
-        if contrast is None:
-            pool = [c for c in pool if not c.independent_axes]
-        else:
-            self.plan = replace(self.plan, contrast=contrast)
+        if any(c.independent_axes for c in pool):
+            contrast = contrast_of_axes(sample.rows, sample.counts, settings.seed) if small else None
+            if contrast is None:
+                pool = [c for c in pool if not c.independent_axes]
+            else:
+                self.plan = replace(self.plan, contrast=contrast)
         self.pool = pool
         # Beyond this noise every law is Gaussian to all digits, and s itself may be infinite.
         self.tau = np.minimum(self.anchors.tau, 0.5 * np.log(sample.second_moment + 1e-30) + 7)
