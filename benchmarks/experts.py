@@ -1,11 +1,12 @@
 """How much faster are twenty experts together than the loop that one would write?
 
-    python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--out results/experts-speed]
+    python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--compiled] [--out results/experts-speed]
 
 Per network and number of threads: the plain loop, one module and one AdamW per expert; the same with an expert per task
 of joblib, its build and dispatch included, over as many processes as threads; the same loop split over as many lasting
 processes, which is what joblib comes to in the limit; every engine of `difficulty.engines` that fits, in one process;
-and what ``choose_engine`` picks, in as many processes as threads, as ``difficulty measure --workers`` runs it.
+and what ``choose_engine`` picks, in as many processes as threads, as ``difficulty measure --workers`` runs it; with
+``--compiled`` also the engines through torch.compile, as with ``difficulty measure --compile``.
 
 Each round times every contender once, in turn, on the same batches: x0, noise and timesteps of the experts' own tasks,
 drawn beforehand. Reported are the median time per expert and iteration, and the ratio to the plain loop within a round,
@@ -182,6 +183,8 @@ def contenders(case, threads, compiled):
         found[name] = (together, (name,), 1)
         if compiled and name != "loop":
             found[f"{name}, compiled"] = (together, (name, 1, True), 1)
+            if threads > 1:
+                found[f"{name}, compiled, {threads} processes"] = (together, (name, threads, True), threads)
     if threads > 1:
         found[f"{chosen(case, 'auto', threads).engine}, {threads} processes"] = (together, ("auto", threads), threads)
     return found
@@ -278,7 +281,7 @@ def main():
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="also the compiled engines (a minute each)")
+    parser.add_argument("--compiled", action="store_true", help="also the compiled engines (a minute each, and again to learn their memory)")
     parser.add_argument("--out", type=Path, default=Path("results/experts-speed"))
     arguments = parser.parse_args()
     cells = [(case, threads) for case in arguments.networks for threads in arguments.threads]

@@ -18,7 +18,6 @@ from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.mixture import MixtureOptions, _log_joint, fit_mixture
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import Sample, make_sample
-from difficulty.relative_entropy.verdict import _here_or_at_more_noise
 
 PAIRS = make_pairs(get_process("vp-linear"), [65, 150])
 
@@ -103,12 +102,6 @@ def test_one_covariance_for_all_components_is_the_limit_of_shrinking_towards_it(
         _log_joint(x, weights, one.means, 2 * covariance.double().expand(count, -1, -1)) for count in (1, 3)
     )
     torch.testing.assert_close(shared, own)
-
-
-def test_what_a_fit_lacks_at_more_noise_it_lacks_at_less_noise():
-    one, other = Candidate("gaussian"), Candidate("mixture", 2, math.inf)
-    fails, tau = np.array([False, True, False, False]), np.array([-2.0, -1.0, 0.0, -3.0])
-    assert _here_or_at_more_noise(fails, tau, [one, one, one, other]).tolist() == [True, True, False, False]
 
 
 def test_a_mixture_of_the_digits_is_refused_where_a_denoiser_finds_more():
