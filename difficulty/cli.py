@@ -83,7 +83,7 @@ def measure(
         batch: samples per iteration and expert.
         learning_rate: of AdamW.
         engine: how experts are trained together: auto, batched, vmap or loop.
-        compile: compile the experts' program; takes up to a minute, and a C++ compiler (on a GPU, triton).
+        compile: compile the experts' program; takes about a minute, and a C++ compiler (on a GPU, triton).
         workers: processes that share the experts on this machine, one thread each; by default as many as torch has
             threads if the work is worth it. On several GPUs or machines, torchrun --nproc-per-node 4 -m -- difficulty
             measure ... does the same.
