@@ -38,7 +38,7 @@ PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
     *(("auto", process, SOME, (40, 41)) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
     # The pairs of a data set share its error, so that a coverage needs many of them.
     *((name, "vp-linear", SOME, tuple(range(40, 48))) for name in ("gaussian", "mixture")),
-    ("empirical", "vp-linear", SOME, (40, 41, 42)),
+    ("empirical", "vp-linear", SOME, (32, 33, 34)),
     ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (40, 41)),
     ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (41,)),
 ]

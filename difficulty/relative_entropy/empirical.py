@@ -25,6 +25,8 @@ from difficulty.relative_entropy.verdict import LIMITS
 
 LEAST_ROWS = 100
 SPLITS = 3
+# Of log KL. Three halvings know their own spread less well than the refits behind ``LIMITS``.
+LARGEST_ERROR = 0.12
 DRAWS = 2000
 LARGEST = 10**8
 EMPIRICAL_STREAM = 41
@@ -60,7 +62,7 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
     total = kl + null.kl
     error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + bias**2)
     low, high = log_interval(total, error)
-    sharp, unsure = effective < LEAST_ROWS, error > LIMITS.error
+    sharp, unsure = effective < LEAST_ROWS, error > LARGEST_ERROR
     reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")
     reason = np.where(np.abs(bias) > LIMITS.bias, "too few samples: half of them give a much different value", reason)
     reason = np.where(sharp, f"fewer than {LEAST_ROWS} rows are blurred into each other at this noise", reason)
