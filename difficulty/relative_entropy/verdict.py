@@ -153,7 +153,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         ),
         (too_rough(hidden, share * found.error), ROUGHER),
         (
-            refuted(found.lacking[:, 0], LIMITS.lacking * kl, found.lacking[:, 1]),
+            refuted(found.lacking[:, 0], LIMITS.lacking * kl, found.lacking[:, 1], measured=True),
             "the third and fourth moments of the data refute the fit: it lacks structure of many dimensions at once",
         ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
@@ -193,26 +193,33 @@ def _between_refused(reason: npt.NDArray[np.object_], tau: Array) -> npt.NDArray
 
 
 def _refuted(
-    deviation: Array, tolerance: Array | float, error: Array, tau: Array, family: list[Candidate]
+    deviation: Array,
+    tolerance: Array | float,
+    error: Array,
+    tau: Array,
+    family: list[Candidate],
+    *,
+    measured: bool = False,
 ) -> npt.NDArray[np.bool_]:
     """Whether a held-out figure speaks against the fit of a pair, (m,).
 
     It does where it deviates beyond its tolerance; where it surely does so at more noise, since noise hides what is
     wrong and less of it brings it back; and where it surely does so at less noise and deviates here at all, since a
-    tolerance is for fits that may be right.
+    tolerance is for fits that may be right. What a figure measures of the error by itself keeps its tolerance.
 
     Args:
         deviation, tolerance: of the figure, (m,).
         error: its standard error, (m,).
         tau: log noise scale.
         family: the candidate chosen.
+        measured: whether the deviation is the error of the KL, and not only a sign of one.
     """
     surely = deviation > tolerance + LIMITS.surely * error
     same = np.array([[one == other for other in family] for one in family])
     noisier = tau[:, None] >= tau
     at_more, at_less = ((surely[:, None] & same & side).any(0) for side in (noisier, ~noisier))
     here = deviation > tolerance + LIMITS.tested * error
-    return here | at_more | (at_less & (deviation > LIMITS.surely * error))
+    return here | at_more | (at_less & (deviation > LIMITS.surely * error) & (not measured))
 
 
 def unseen(pairs: Pairs, sample: Sample) -> Array:

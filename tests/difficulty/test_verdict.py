@@ -74,6 +74,8 @@ def test_a_fit_that_less_noise_refutes_has_no_tolerance(sample, errors, refused)
     assert ("does not predict" in second) == refused
     assert third == ""
     assert verdicts(sample, [other, one, one], cross=cross)[1:] == ["", ""]
+    # What the fit lacks is known by its amount, and stands in the error.
+    assert verdicts(sample, [one, one, one], lacking=(1.0, 0.1, 0.0))[1:] == ["", ""]
 
 
 def test_a_pair_that_passes_alone_between_two_that_do_not_is_refused(sample):
