@@ -1,6 +1,6 @@
 """How much faster are twenty experts together than the loop that one would write?
 
-    python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--compiled] [--out results/experts-speed]
+    python benchmarks/experts.py [--networks ...] [--threads 1 2] [--rounds 7] [--compiled] [--out DIR]
 
 Per network and number of threads: the plain loop, one module and one AdamW per expert; the same with an expert per task
 of joblib, its build and dispatch included, over as many processes as threads; the same loop split over as many lasting
@@ -281,7 +281,9 @@ def main():
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="also the compiled engines (a minute each, and again to learn their memory)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also the compiled engines (a minute each, twice: for memory and speed)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/experts-speed"))
     arguments = parser.parse_args()
     cells = [(case, threads) for case in arguments.networks for threads in arguments.threads]
