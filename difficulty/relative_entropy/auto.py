@@ -49,9 +49,8 @@ def estimate_mixture(dataset: Dataset, pairs: Pairs, settings: Settings) -> Esti
     Not valid where held-out data prefer another family, with independent axes or tails of its own, to every mixture.
     """
     sample = make_sample(dataset)
-    mixtures = ("gaussian", "mixture")
-    pool = [c for c in candidates(sample) if c.family in mixtures]
-    others = [c for c in candidates(sample) if c.family not in mixtures]
+    pool = [c for c in candidates(sample) if c.of_gaussians]
+    others = [c for c in candidates(sample) if not c.of_gaussians]
     text = "held-out data prefer another family to every mixture at this noise"
     return _of_one_kind(sample, pairs, settings, pool, others, text)
 

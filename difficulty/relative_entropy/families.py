@@ -54,6 +54,11 @@ class Candidate:
         return self.family == "gaussian" or (self.family == "mixture" and np.isinf(self.strength))
 
     @property
+    def of_gaussians(self) -> bool:
+        """Whether it is a Gaussian or a mixture of Gaussians with means of their own."""
+        return self.family in ("gaussian", "mixture")
+
+    @property
     def independent_axes(self) -> bool:
         """Whether the axes are modelled one by one."""
         return self.family in ("product", "student-product")

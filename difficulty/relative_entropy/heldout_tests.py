@@ -66,21 +66,12 @@ class Tested:
             expected: figures of the same test on rows drawn from the fit.
             log_kl: of that fit, (m,).
         """
-        error = np.hypot(self.cross[:, 1], expected.cross[:, 1])
+        moment = self.second_moment[:, 0] - expected.second_moment[:, 0]
+        moment_error = np.hypot(self.second_moment[:, 1], expected.second_moment[:, 1])
+        cross, error = self.cross[:, 0].copy(), np.hypot(self.cross[:, 1], expected.cross[:, 1])
         known = np.isfinite(error)
-        cross = self.cross[:, 0].copy()
-        cross[known] -= expected.cross[known, 0] - log_kl[known]
-        return Tested(
-            np.stack(
-                [
-                    self.second_moment[:, 0] - expected.second_moment[:, 0],
-                    np.hypot(self.second_moment[:, 1], expected.second_moment[:, 1]),
-                ],
-                1,
-            ),
-            self.bound,
-            np.stack([cross, error], 1),
-        )
+        cross[known] -= (expected.cross[:, 0] - log_kl)[known]
+        return Tested(np.stack([moment, moment_error], 1), self.bound, np.stack([cross, error], 1))
 
 
 class HeldoutTests:

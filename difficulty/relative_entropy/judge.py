@@ -119,7 +119,6 @@ class Judge:
         self.halves = self._halves()
         order = np.concatenate(self.halves[0])
         self.tests = HeldoutTests(sample, self.rows, order, self.plan, self.anchors, self.tau, settings.seed)
-        self._overfits = OVERFIT_AXES <= sample.rank <= MANY_AXES and not sample.discrete
         self.null = null_block(sample)
         self.few = min(settings.samples, 2000)  # draws of the rates
 
@@ -214,15 +213,17 @@ class Judge:
         jobs = [*winners, *rivals]
         tests = self.together([partial(self.tests.test, names[i]) for i in jobs])
         fits = self.together([partial(self._fitted, names[i]) for i in jobs])
+        loose = [(i, fit) for i, (fit, _) in zip(jobs, fits, strict=True) if i in winners and self._overfits(names[i])]
+        expected = self.together([partial(self._expected, names[i], fit) for i, fit in loose])
+        of_right_fits = {i: test for (i, _), test in zip(loose, expected, strict=True)}
         for done, (i, test, fitted) in enumerate(zip(jobs, tests, fits, strict=True)):
             where = np.flatnonzero(weight[i] > 0.02)
             splits = len(self.halves) if i in winners else min(2, len(self.halves))
             replicated[i] = self._replicate(names[i], *fitted, splits, where)
             long_step[i] = self._long_step(replicated[i])
             tested[i] = test.scaled(long_step[i])
-            if i in winners and names[i].family in ("gaussian", "mixture") and self._overfits:
-                expected = self._expected(names[i], fitted[0]).scaled(long_step[i])
-                tested[i] = tested[i].beyond(expected, log_of(fitted[1].kl))
+            if i in of_right_fits:
+                tested[i] = tested[i].beyond(of_right_fits[i].scaled(long_step[i]), log_of(fitted[1].kl))
             half = len(self.pool)
             self.settings.progress(half + round(half * (done + 1) / len(jobs)), 2 * half)
         self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
@@ -259,6 +260,10 @@ class Judge:
         error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2)
         chosen = [names[i] for i in best]
         return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, lacks, chosen)
+
+    def _overfits(self, candidate: Candidate) -> bool:
+        """Whether held-out rows show how loosely so few rows determine its covariances."""
+        return candidate.of_gaussians and OVERFIT_AXES <= self.sample.rank <= MANY_AXES and not self.sample.discrete
 
     def _expected(self, candidate: Candidate, fit: Fit) -> Tested:
         """The held-out figures if the fit were the law: those of as many rows drawn from it."""

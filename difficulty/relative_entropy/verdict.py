@@ -132,7 +132,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
     hidden = unseen(pairs, sample) / np.maximum(kl, 1e-300)
     refuted = partial(_refuted, tau=pairs.tau, family=found.family)
     gap = np.where(unclear, 0.0, np.abs(test.cross[:, 0] - found.log_kl))
-    spread = test.second_moment[:, 0]
+    variance = share * test.second_moment[:, 0]
     found_wanting = [
         (
             noise < LIMITS.floor * sample.step,
@@ -170,7 +170,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         ),
         (
             refuted(
-                share * np.abs(spread), np.where(spread > 0, LIMITS.second_moment, LIMITS.flat),
+                np.abs(variance), np.where(variance > 0, LIMITS.second_moment, LIMITS.flat),
                 share * test.second_moment[:, 1],
             ),
             "held-out data contradict the fit: its time score has another spread on them",

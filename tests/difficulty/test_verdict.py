@@ -54,6 +54,9 @@ def test_what_held_out_data_refute_under_more_noise_is_refuted_under_less(sample
     assert "moments" in first
     assert "moments" in second
     assert third == ""
+    first, second, third = verdicts(sample, [other, one, one], lacking=(0.0, 1.0, 0.0))
+    assert (first, third) == ("", "")
+    assert "moments" in second
 
 
 @pytest.mark.parametrize(("errors", "inherited"), [(2.0, False), (3.0, True)])
