@@ -55,8 +55,10 @@ def atlas_figure(folder: Path, process: str) -> "Figure":
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (law, part) in enumerate(table.groupby("law", sort=False)):
             colour, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
-            shown = part[(part["kl"] > 1e-25) & part["valid"].astype(bool)]
-            axes.plot(shown["log_snr"], shown[name].where(shown[name] > 1e-24), color=colour, linestyle=dash, label=law)
+            positive = part["kl"] > 1e-25
+            shown = part[positive & part["valid"].astype(bool)]
+            values, label = shown[name].where(shown[name] > 1e-24), law if positive.any() else f"{law}: KL = 0"
+            axes.plot(shown["log_snr"], values, color=colour, linestyle=dash, label=label)
             if name == "kl":
                 axes.fill_between(shown["log_snr"], shown["ci_low"], shown["ci_high"], color=colour, alpha=0.2, lw=0)
         axes.set_yscale("log")

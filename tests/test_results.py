@@ -141,6 +141,18 @@ def test_the_gain_over_one_thread_is_that_of_the_table():
         )
     ]  # fmt: skip
     assert f"{', '.join(reached[:3])} and {reached[3]} GFLOP/s" in text
+    peaks = table.xs(1, level="threads")["gflops_matrix"]
+    assert f"between {peaks.min():.0f} and {peaks.max():.0f} GFLOP/s on one thread" in text
+    engines = table[~table.index.get_level_values("contender").str.startswith("plain")]
+    compiled = engines.index.get_level_values("contender").str.contains("compiled")
+    for threads, words in ((1, "{} times the loop instead of {}, median and range"), (2, "({} instead of {})")):
+        best = [
+            part.loc[("tiny DiT 8x8", threads)].sort_values("ratio").iloc[-1]
+            for part in (engines[compiled], engines[~compiled])
+        ]
+        said = [f"{row['ratio']:.1f} [{row['ratio_low']:.1f}, {row['ratio_high']:.1f}]" for row in best]
+        assert words.format(*said) in text
+    assert f"it reaches {engines[compiled].loc[('tiny DiT 8x8', 1), 'gflops'].max():.0f}." in text
 
 
 def test_the_accuracy_in_words_is_that_of_the_tables():
