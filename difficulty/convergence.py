@@ -15,9 +15,7 @@ With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i 
 Larger is harder in all of them. The first two survive a change of prediction and of optimizer, the others are what
 papers use and are kept for comparison.
 
-For an exact law L* is the Bayes loss and e is E|eps_hat - E[eps|x_t]|^2 / 2, free of the noise of the floor. Otherwise
-L* is the least mean loss on the same draws over all seeds, all checkpoints up to twice the budget, and a Gaussian
-denoiser: an upper bound of the floor, so that e is a lower bound.
+L* is the Bayes loss of an exact law, otherwise the best loss that is known, so that e is a lower bound (``losses``).
 
 Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly; how far, follows
@@ -29,20 +27,10 @@ budget ended before the fall did (rates, area), below where the fall was over at
 the excess is below its own error (excess, log-regret, power law).
 """
 
-__all__ = [
-    "CONVERGENCE_COLUMNS",
-    "DEFINITIONS",
-    "LOSS_COLUMNS",
-    "LearningCurves",
-    "best_known",
-    "convergence_table",
-    "loss_table",
-    "paper_style",
-    "summary_over_seeds",
-]
+__all__ = ["CONVERGENCE_COLUMNS", "DEFINITIONS", "convergence_table", "paper_style", "summary_over_seeds"]
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,133 +41,17 @@ from scipy.special import polygamma
 from scipy.stats import chi2
 from scipy.stats import t as student_t
 
-from difficulty.experts import ExpertCurves
 from difficulty.intervals import INTERVAL_LEVEL
+from difficulty.losses import LearningCurves
 from difficulty.process import Array
-from difficulty.records import check_columns
 
 # Weight of the tasks' median variance against a task's own, in degrees of freedom: at most, and at least.
 PRIOR_DEGREES, LEAST_PRIOR = 4.0, 0.5
 PAPER_FALL = 0.9
-# An expert that removed less than this share of the zero network's excess over the floor is stuck.
-STUCK_SHARE = 0.02
-LOSS_COLUMNS: Mapping[str, type] = {
-    "task": int, "seed": int, "iteration": int, "samples": int, "heldout_loss": float, "floor": float,
-    "floor_kind": str, "zero_loss": float, "excess_nats": float, "excess_se": float,
-}  # fmt: skip
 CONVERGENCE_COLUMNS: Mapping[str, type] = {
     "task": int, "definition": str, "value": float, "ci_low": float, "ci_high": float, "scale": str, "censored": bool,
     "unit": str,
 }  # fmt: skip
-ZERO_EXCESS = "zero_excess_nats"  # only in the losses.csv of an exact law, and only since it is taken without noise
-
-
-def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.DataFrame:
-    """losses.csv: one row per task, seed and checkpoint.
-
-    Args:
-        curves: held-out losses per draw.
-        seeds: of the experts, in the order of ``curves``.
-        batch: samples per iteration.
-
-    Returns:
-        Columns ``LOSS_COLUMNS``; losses are summed over dimensions, excess_nats is (loss - floor)/2 with the standard
-        error over draws, floor_kind is exact or upper_bound, zero_loss is that of the network that outputs zero. For an
-        exact law one more, ``ZERO_EXCESS``: the excess of that network, as free of the floor's noise as the experts'.
-    """
-    floor = curves.floor.mean(1)
-    if curves.excess is not None:
-        excess_draws = 0.5 * curves.excess.astype(np.float64)
-    else:
-        best = best_known(curves)
-        floor = best.mean(1)
-        excess_draws = 0.5 * (curves.losses.astype(np.float64) - best[:, None])
-    S, K, C, M = curves.losses.shape
-    with np.errstate(invalid="ignore", over="ignore"):  # an expert that diverged
-        excess_se = excess_draws.std(-1, ddof=1) / np.sqrt(M)
-    s, k, c = (a.ravel() for a in np.meshgrid(np.arange(S), np.arange(K), np.arange(C), indexing="ij"))
-    iterations = np.asarray(curves.iterations)
-    table = pd.DataFrame(
-        {
-            "task": k,
-            "seed": np.asarray(seeds)[s],
-            "iteration": iterations[c],
-            "samples": iterations[c] * batch,
-            "heldout_loss": curves.losses.mean(-1, dtype=np.float64).ravel(),
-            "floor": floor[k],
-            "floor_kind": "exact" if curves.floor_is_exact else "upper_bound",
-            "zero_loss": curves.zero.mean(1, dtype=np.float64)[k],
-            "excess_nats": excess_draws.mean(-1).ravel(),
-            "excess_se": excess_se.ravel(),
-        },
-        columns=list(LOSS_COLUMNS),
-    )
-    if curves.zero_excess is not None:
-        table[ZERO_EXCESS] = 0.5 * curves.zero_excess.mean(1, dtype=np.float64)[k]
-    return table
-
-
-def best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
-    """Losses per draw (K, M) of the denoiser with the least mean loss of each task: every expert at every checkpoint,
-    and the one known beforehand."""
-    S, K, C, M = curves.losses.shape
-    experts = curves.losses.transpose(1, 0, 2, 3).reshape(K, S * C, M).astype(np.float64)
-    candidates = np.concatenate([experts, curves.floor[:, None]], axis=1)
-    # A diverged expert is no candidate; NaN would win argmin.
-    means = np.nan_to_num(candidates.mean(-1), nan=np.inf)
-    return candidates[np.arange(K), means.argmin(1)]
-
-
-@dataclass(frozen=True, eq=False)
-class LearningCurves:
-    """losses.csv as arrays, (S, K, C) for S seeds, K tasks, C checkpoints up to the budget; zero_excess is (K,)."""
-
-    iterations: Array
-    loss: Array
-    excess: Array
-    excess_se: Array
-    zero_excess: Array
-
-    @classmethod
-    def from_table(cls, table: pd.DataFrame, budget: int) -> "LearningCurves":
-        """Arrays of the checkpoints up to the budget."""
-        check_columns(table, LOSS_COLUMNS, "losses.csv")
-        table = table[table["iteration"] <= budget].sort_values(["seed", "task", "iteration"])
-        shape = tuple(table[name].nunique() for name in ("seed", "task", "iteration"))
-
-        def column(name: str) -> Array:
-            return table[name].to_numpy(dtype=np.float64).reshape(shape)
-
-        first = table.groupby("task").first()
-        zero = first[ZERO_EXCESS] if ZERO_EXCESS in first else 0.5 * (first["zero_loss"] - first["floor"])
-        zero_excess = zero.to_numpy(dtype=np.float64)
-        iterations = np.unique(table["iteration"]).astype(np.float64)
-        return cls(iterations, column("heldout_loss"), column("excess_nats"), column("excess_se"), zero_excess)
-
-    @property
-    def resolution(self) -> Array:
-        """Standard error below which an excess says nothing, (S, K, C).
-
-        A point that is itself the best known has no paired error at all, and is no better known for that than the other
-        points of its task: it is given their median.
-        """
-        tasks = len(self.zero_excess)
-        others = np.where(self.excess_se > 0, self.excess_se, np.nan).transpose(1, 0, 2).reshape(tasks, -1)
-        known = np.isfinite(others).any(1)
-        median = np.full(tasks, np.finfo(np.float64).tiny)
-        median[known] = np.nanmedian(others[known], axis=1)
-        return np.where(self.excess_se > 0, self.excess_se, median[:, None])
-
-    @property
-    def diverged(self) -> npt.NDArray[np.bool_]:
-        """Tasks (K,) of which a seed's loss is NaN or infinite."""
-        return np.asarray(~np.isfinite(self.loss).all((0, 2)))
-
-    @property
-    def stuck(self) -> npt.NDArray[np.bool_]:
-        """Tasks (K,) of which a seed is no better than the network that outputs zero."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray(~(self.excess[..., -1] <= (1 - STUCK_SHARE) * self.zero_excess).all(0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,13 +30,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from difficulty.convergence import LearningCurves, paper_style, summary_over_seeds
+from difficulty.convergence import paper_style, summary_over_seeds
 from difficulty.datasets import Dataset
 from difficulty.distances import frechet, pca, sliced_wasserstein
 from difficulty.engines import Bank
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan
 from difficulty.experts import train_shared
+from difficulty.losses import LearningCurves
 from difficulty.prediction import to_x0
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from difficulty.convergence import best_known, convergence_table, loss_table
+from difficulty.convergence import convergence_table
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose
 from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_samples import SampleQuality
 from difficulty.experts import ExpertCurves, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
+from difficulty.losses import best_known, loss_table
 from difficulty.measurement_folder import SAMPLE_QUALITY, make_ranking
 from difficulty.process import Process, get_process
 from difficulty.process_file import write_process

@@ -5,10 +5,11 @@ import pytest
 from learning_curves import BUDGET, ITERATIONS, exponential, losses_of
 from scipy.stats import t as student_t
 
-from difficulty.convergence import _seed_variance, convergence_table, loss_table
+from difficulty.convergence import _seed_variance, convergence_table
 from difficulty.errors import InputError
 from difficulty.expert_plan import log_spaced_iterations
 from difficulty.experts import ExpertCurves
+from difficulty.losses import loss_table
 
 
 def value(table, definition, task=0, column="value"):

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 from difficulty import engines, ranks
-from difficulty.convergence import convergence_table, loss_table
+from difficulty.convergence import convergence_table
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan
 from difficulty.experts import train_experts
+from difficulty.losses import loss_table
 from difficulty.measurement import measure
 from difficulty.process import get_process
 from difficulty.records import read_json
