@@ -24,8 +24,10 @@ from difficulty.laws import GaussianMixture
 
 Array = npt.NDArray[np.float64]
 
-# Steps with twice as many components, before they are joined.
-FINER_STEPS = 5
+# Steps with more components before they are joined, and steps after which two starts are compared.
+FEW_STEPS = 5
+# Clusters of a second start, for fewer than half as many components.
+SECOND_START = 12
 # Degrees of freedom of Student's t that are tried: below the first there is hardly a variance, above the second it is a
 # Gaussian to most samples.
 FEWEST_FREEDOM, MOST_FREEDOM = 2.5, 100.0
@@ -68,15 +70,15 @@ def fit_mixture(
     """
     x, w = torch.from_numpy(rows), torch.from_numpy(counts)
     responsibility = _start(x, w, options, floor, seed) if start is None else start
-    _, (weights, means, covariances) = _ascend(x, w, responsibility, options.strength, floor, iterations)
+    _, (weights, means, covariances), _ = _ascend(x, w, responsibility, options.strength, floor, iterations)
     return GaussianMixture(weights.numpy(), means.numpy(), covariances.expand(len(means), -1, -1).numpy())
 
 
 def _ascend(
     x: Tensor, w: Tensor, responsibility: Tensor, strength: float, floor: float, iterations: int
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Steps of expectation-maximisation: responsibilities (K, n), and weights, means and covariances."""
-    previous = -math.inf
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float]:
+    """Steps of expectation-maximisation: responsibilities (K, n); weights, means and covariances; nats per sample."""
+    previous = value = -math.inf
     for _ in range(iterations):
         law = _maximise(x, w, responsibility, strength, floor)
         log_joint = _log_joint(x, *law)
@@ -86,7 +88,7 @@ def _ascend(
             break
         previous = value
         responsibility = (log_joint - total).exp()
-    return responsibility, law
+    return responsibility, law, value
 
 
 def fit_scale_mixture(
@@ -199,15 +201,23 @@ def _start(x: Tensor, w: Tensor, options: MixtureOptions, floor: float, seed: in
     """Responsibilities (K, n).
 
     K clusters of k-means often divide one mode and join two others, and expectation-maximisation then ends in a maximum
-    of its own. So covariances are first fitted to twice as many clusters, which are then joined two by two.
+    of its own. So covariances are first fitted to twice as many clusters, which are then joined two by two. If K is
+    small all of these may lie in one wide mode and none between the narrow ones: then a start from more of them is
+    tried too, which is worse where modes overlap, and the likelier of the two is taken.
     """
     k = options.components
     if k == 1:
         return torch.ones(1, len(x), dtype=x.dtype)
     if math.isinf(options.strength):
         return _clusters(x, w, k, seed, tries=4)  # k-means has the same loss, up to the metric
-    finer, _ = _ascend(x, w, _clusters(x, w, 2 * k, seed), options.strength, floor, FINER_STEPS)
-    return _joined(x, w, finer, options, floor)
+    found = []
+    for finer in sorted({2 * k, max(2 * k, SECOND_START)}):
+        responsibility, _, _ = _ascend(x, w, _clusters(x, w, finer, seed), options.strength, floor, FEW_STEPS)
+        found.append(_joined(x, w, responsibility, options, floor))
+    if len(found) == 1:
+        return found[0]
+    ascended = [_ascend(x, w, start, options.strength, floor, FEW_STEPS) for start in found]
+    return max(ascended, key=lambda result: result[2])[0]
 
 
 def _clusters(x: Tensor, w: Tensor, k: int, seed: int, tries: int = 1) -> Tensor:

@@ -265,6 +265,19 @@ def test_a_mixture_finds_the_likeliest_fit_from_any_seed(seed):
     assert float((found.log_prob(x, 1.0, 0.0) - best.log_prob(x, 1.0, 0.0)).mean()) > -1e-3
 
 
+@pytest.mark.parametrize("seed", [11, 16, 24, 32, 33])
+def test_a_mixture_finds_narrow_modes_beside_a_wide_one(seed):
+    # Of twice as many clusters as modes one has both narrow ones in these five of forty data sets: 3 nats are lost.
+    rng = np.random.default_rng(503)
+    stds = np.array([1.5, 0.3, 0.06])
+    law = GaussianMixture([5, 3, 2], 0.8 * rng.standard_normal((3, 12)), stds[:, None, None] ** 2 * np.eye(12))
+    rows = law.sample(2000, torch.Generator().manual_seed(seed)).numpy()
+    options, x = MixtureOptions(3, 0.0), torch.from_numpy(rows)
+    best = fit_mixture(rows, np.ones(2000), options, 1e-6, 0, start=responsibilities(law, rows))
+    found = fit_mixture(rows, np.ones(2000), options, 1e-6, 0)
+    assert float((found.log_prob(x, 1.0, 0.0) - best.log_prob(x, 1.0, 0.0)).mean()) > -1e-3
+
+
 def test_fisher_rao_length_does_not_depend_on_the_number_of_steps():
     lengths = [kl(exact_dataset(gaussian(8, 0.25)), f"edm:T={T}").fisher_rao.sum() for T in (500, 1000, 2000)]
     assert np.ptp(lengths) / lengths[0] < 0.005
