@@ -52,7 +52,7 @@ class Exact(KnownLaw):
     def kl(self, pairs):
         if isinstance(self.law, GaussianMixture) and len(self.law.means) == 1:
             return gaussian_kl(pairs, self.law.eigenvalues[0].numpy(), self.law.rotated_means[0].numpy())
-        return kl_of_law(self.law, pairs, *law_draws(self.law, self.draws, 1), SILENT)[0]
+        return kl_of_law(self.law, pairs, law_draws(self.law, self.draws, 1), SILENT)[0]
 
 
 class Uniform:

@@ -131,8 +131,15 @@ class GaussianMixture(Law):
         return float((self.log_weights.exp() * per_component).sum())
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        component = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.dim, dtype=torch.float64, generator=generator)
+        return self.sample_of(self.components(n, generator), generator)
+
+    def components(self, n: int, generator: torch.Generator) -> Tensor:
+        """Components of n draws, int64, shape (n,)."""
+        return torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+
+    def sample_of(self, component: Tensor, generator: torch.Generator) -> Tensor:
+        """One draw of each of the components (n,), shape (n, D)."""
+        noise = torch.randn(len(component), self.dim, dtype=torch.float64, generator=generator)
         x = torch.empty_like(noise)
         for k in range(len(self.means)):
             rows = component == k

@@ -35,6 +35,7 @@ from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import law_draws, time_scores
 from difficulty.relative_entropy.fits import GaussianBlock
 from difficulty.relative_entropy.judge import Judge
+from difficulty.relative_entropy.mixture_means import mixture_rates
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import make_sample
 from difficulty.relative_entropy.unmixing import quiet_unmixing
@@ -184,15 +185,19 @@ def _of_law(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array, Ar
         block = GaussianBlock(law.eigenvalues[0].numpy(), law.rotated_means[0].numpy())
         values = _with_lag(np.column_stack([block.profile(tau, 0, 0), block.mmse(tau, 0, 0)]))
         return values, np.zeros_like(values), np.full(len(tau), "", dtype=object)
-    x0, eps = law_draws(law, settings.samples, settings.seed)
-    flow, dilation = time_scores(law, tau, x0, eps)
-    trace = np.stack([law.posterior_trace(x0 + s * eps, 1.0, float(s)).numpy() for s in np.exp(tau)])
-    f, q = flow.numpy(), dilation.numpy()
-    beta = (f * q).mean(1, keepdims=True) / (q * q).mean(1, keepdims=True)
-    lag = (f + q) * q / (q * q).mean(1, keepdims=True)
-    parts = [f * f, f * q, q * q, (f - beta * q) ** 2, trace, lag]
-    values = np.stack([part.mean(1) for part in parts], 1)
-    errors = np.stack([part.std(1) for part in parts], 1) / len(x0) ** 0.5
+    draws = law_draws(law, settings.samples, settings.seed)
+    trace = np.stack([law.posterior_trace(draws.x0 + s * draws.eps, 1.0, s).numpy() for s in np.exp(tau).tolist()])
+    if isinstance(law, GaussianMixture):
+        rates, rate_errors = mixture_rates(law, tau, draws)
+    else:
+        f, q = (part.numpy() for part in time_scores(law, tau, draws))
+        beta = (f * q).mean(1, keepdims=True) / (q * q).mean(1, keepdims=True)
+        parts = [f * f, f * q, q * q, (f - beta * q) ** 2, (f + q) * q / (q * q).mean(1, keepdims=True)]
+        rates = np.stack([part.mean(1) for part in parts], 1)
+        rate_errors = np.stack([part.std(1) for part in parts], 1) / len(draws.x0) ** 0.5
+    # The mmse stands before 1 + B/C.
+    values = np.insert(rates, 4, trace.mean(1), 1)
+    errors = np.insert(rate_errors, 4, trace.std(1) / len(draws.x0) ** 0.5, 1)
     return values, errors, np.full(len(tau), "", dtype=object)
 
 

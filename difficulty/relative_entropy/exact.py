@@ -25,7 +25,7 @@ from difficulty.laws import GaussianMixture, Law, Ring, Scales
 from difficulty.randomness import torch_generator
 from difficulty.relative_entropy.estimate import Estimate, Settings, log_interval
 from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
-from difficulty.relative_entropy.kernel import MixtureKernel
+from difficulty.relative_entropy.mixture_means import Draws, mixture_kl, mixture_rates
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.rates import add_rates, rates_of_scores
@@ -33,7 +33,6 @@ from difficulty.relative_entropy.rates import add_rates, rates_of_scores
 Array = npt.NDArray[np.float64]
 
 EXACT_STREAM = 11
-BLOCK_BYTES = 2**28
 # log s that stands for alpha = 0, where s is infinite.
 TAU_AT_INFINITY = 30.0
 # Places of the quadrature: 60 within a standard deviation resolve the boundary between components 9 of them away.
@@ -78,8 +77,7 @@ def estimate_exact(dataset: Dataset, pairs: Pairs, settings: Settings) -> Estima
         kl, kl_reverse, i_min = _integrated(plane, pairs, lambda scales: _radii(plane, scales), law.dim - 2)
         se = np.zeros(m)
     else:
-        x0, eps = law_draws(law, settings.samples, settings.seed)
-        kl, se, kl_reverse, i_min = kl_of_law(law, pairs, x0, eps, settings)
+        kl, se, kl_reverse, i_min = kl_of_law(law, pairs, law_draws(law, settings.samples, settings.seed), settings)
     low, high = log_interval(kl, np.divide(se, kl, out=np.zeros(m), where=kl > 0))
     name = np.full(m, "exact", dtype=object)
     return Estimate(kl, kl_reverse, se, low, high, i_min, name, np.ones(m, bool), np.full(m, "", dtype=object))
@@ -131,61 +129,46 @@ def _radii(plane: Ring, scales: Scales) -> tuple[Tensor, Tensor]:
     return x, weights / weights.sum()
 
 
-def law_draws(law: Law, n: int, seed: int) -> tuple[Tensor, Tensor]:
+def law_draws(law: Law, n: int, seed: int) -> Draws:
     """Clean samples and noise, each (n, D)."""
     generator = torch_generator(EXACT_STREAM, seed)
-    x0 = law.sample(n, generator)
-    return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+    component = law.components(n, generator) if isinstance(law, GaussianMixture) else None
+    if isinstance(law, GaussianMixture) and component is not None:
+        x0 = law.sample_of(component, generator)
+    else:
+        x0 = law.sample(n, generator)
+    return Draws(x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator), component)
 
 
-def kl_of_law(
-    law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings
-) -> tuple[Array, Array, Array, Array]:
-    """kl, se, kl_reverse and I_min of a law by Monte Carlo at x0 ~ law."""
-    forward, backward = log_ratios(law, pairs, x0, eps, settings)
-    (kl, se), (kl_reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
-    flow, dilation = time_scores(law, pairs.tau, x0, eps)
-    i_min = rates_of_scores(flow, dilation, 1 / len(x0))[:, 3]
-    return kl.numpy(), se.numpy(), kl_reverse.numpy(), i_min
-
-
-def log_ratios(law: Law, pairs: Pairs, x0: Tensor, eps: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """log p_from/p_t at points of p_from, and log p_t/p_from at points of p_t, each (m, n)."""
+def kl_of_law(law: Law, pairs: Pairs, draws: Draws, settings: Settings) -> tuple[Array, Array, Array, Array]:
+    """kl, se, kl_reverse and I_min of a law by Monte Carlo with draws of it."""
+    finite = np.isfinite(pairs.tau)
+    i_min = np.full(len(pairs), np.nan)
     if isinstance(law, GaussianMixture):
-        parts = []
-        for rows in _blocks(law, len(x0)):
-            kernel = MixtureKernel(law, x0[rows], eps[rows])
-            parts.append((kernel.log_ratio(pairs.first, pairs.second), kernel.log_ratio(pairs.second, pairs.first)))
-            settings.progress(rows.stop, len(x0))
-        forward, backward = zip(*parts, strict=True)
-        return torch.cat(forward, 1), torch.cat(backward, 1)
-    forward_rows, backward_rows = [], []
+        steps = [(pairs.first, pairs.second), (pairs.second, pairs.first)]
+        (kl, se), (kl_reverse, _) = mixture_kl(law, steps, draws, settings.progress)
+        i_min[finite] = mixture_rates(law, pairs.tau[finite], draws)[0][:, 3]
+        return kl, se, kl_reverse, i_min
+    forward, backward = _log_ratios(law, pairs, draws, settings)
+    (own, error), (reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
+    i_min[finite] = rates_of_scores(*time_scores(law, pairs.tau[finite], draws), 1 / len(draws.x0))[:, 3]
+    return own.numpy(), error.numpy(), reverse.numpy(), i_min
+
+
+def _log_ratios(law: Law, pairs: Pairs, draws: Draws, settings: Settings) -> tuple[Tensor, Tensor]:
+    """log p_from/p_t at points of p_from, and log p_t/p_from at points of p_t, each (m, n)."""
+    x0, eps = draws.x0, draws.eps
+    forward, backward = [], []
     for i, (a, b) in enumerate(zip(pairs.first, pairs.second, strict=True)):
         first, second = (float(a[0]), float(a[1])), (float(b[0]), float(b[1]))
-        forward_rows.append(law.log_ratio(first[0] * x0 + first[1] * eps, first, second))
-        backward_rows.append(law.log_ratio(second[0] * x0 + second[1] * eps, second, first))
+        forward.append(law.log_ratio(first[0] * x0 + first[1] * eps, first, second))
+        backward.append(law.log_ratio(second[0] * x0 + second[1] * eps, second, first))
         settings.progress(i + 1, len(pairs))
-    return torch.stack(forward_rows), torch.stack(backward_rows)
+    return torch.stack(forward), torch.stack(backward)
 
 
-def time_scores(law: Law, tau: Array, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """F and q at y = x0 + exp(tau) eps, each (m, n); NaN where tau is infinite."""
-    finite = np.isfinite(tau)
-    shape = (len(tau), len(x0))
-    flow, dilation = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
-    if isinstance(law, GaussianMixture):
-        parts = [MixtureKernel(law, x0[r], eps[r]).time_score(tau[finite]) for r in _blocks(law, len(x0))]
-        flows, dilations = zip(*parts, strict=True)
-        where = torch.from_numpy(finite)
-        flow[where], dilation[where] = torch.cat(flows, 1), torch.cat(dilations, 1)
-        return flow, dilation
-    for i in np.flatnonzero(finite):
-        s = float(np.exp(tau[i]))
-        flow[i], dilation[i] = law.time_score_parts(x0 + s * eps, 1.0, s)
+def time_scores(law: Law, tau: Array, draws: Draws) -> tuple[Tensor, Tensor]:
+    """F and q at y = x0 + exp(tau) eps, each (m, n)."""
+    scores = [law.time_score_parts(draws.x0 + s * draws.eps, 1.0, s) for s in np.exp(tau).tolist()]
+    flow, dilation = (torch.stack(column) for column in zip(*scores, strict=True))
     return flow, dilation
-
-
-def _blocks(law: GaussianMixture, n: int) -> list[slice]:
-    size = max(1, n * BLOCK_BYTES // max(MixtureKernel.bytes_needed(law, n), 1))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-

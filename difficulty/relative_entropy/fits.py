@@ -22,15 +22,15 @@ from torch import Tensor
 from difficulty.laws import GaussianMixture
 from difficulty.randomness import torch_generator
 from difficulty.relative_entropy.gaussian import gaussian_kl, gaussian_profile
-from difficulty.relative_entropy.kernel import MixtureKernel
-from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, nonnegative_terms
+from difficulty.relative_entropy.kernel import MixtureKernel, blocks_of
+from difficulty.relative_entropy.mixture_means import Draws, mixture_kl, mixture_rates
+from difficulty.relative_entropy.montecarlo import nonnegative_terms
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.rates import add_rates, rates_of_scores
 from difficulty.relative_entropy.sample import Sample
 
 Array = npt.NDArray[np.float64]
 
-BLOCK_BYTES = 2**27
 FIT_STREAM = 29
 HERMITE_NODES = 24
 SMALL = 2**20
@@ -154,29 +154,20 @@ class MixtureBlock(Block):
             self.proposal.log_weights = torch.from_numpy(0.5 * (weights + 1 / len(weights))).log()
 
     def measure(self, pairs: Pairs, samples: int, seed: int) -> Measured:
-        x0, eps, weight = self._draw(samples, seed)
-        forward, backward = [], []
-        for kernel in self._kernels(x0, eps):
-            forward.append(kernel.log_ratio(pairs.first, pairs.second))
-            backward.append(kernel.log_ratio(pairs.second, pairs.first))
-        kl, error = kl_from_log_ratio(torch.cat(forward, 1), weight)
-        kl_reverse, _ = kl_from_log_ratio(torch.cat(backward, 1), weight)
-        return Measured(kl.numpy(), kl_reverse.numpy(), error.numpy())
+        steps = [(pairs.first, pairs.second), (pairs.second, pairs.first)]
+        (kl, error), (kl_reverse, _) = mixture_kl(self.law, steps, self._draw(samples, seed))
+        return Measured(kl, kl_reverse, error)
 
     def forward(self, pairs: Pairs, samples: int, seed: int) -> Array:
-        x0, eps, weight = self._draw(samples, seed)
-        ratios = [kernel.log_ratio(pairs.first, pairs.second) for kernel in self._kernels(x0, eps)]
-        return kl_from_log_ratio(torch.cat(ratios, 1), weight)[0].numpy()
+        return mixture_kl(self.law, [(pairs.first, pairs.second)], self._draw(samples, seed))[0][0]
 
     def profile(self, tau: Array, samples: int, seed: int) -> Array:
-        x0, eps, weight = self._draw(samples, seed)
-        flow, dilation, _ = self.evaluate(x0, eps, tau)
-        return rates_of_scores(flow, dilation, weight / len(weight))
+        return mixture_rates(self.law, tau, self._draw(samples, seed))[0][:, :4]
 
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
-        x0, eps, weight = self._draw(samples, seed)
-        traces = torch.cat([kernel.posterior_trace(tau) for kernel in self._kernels(x0, eps)], 1)
-        return (traces * weight).mean(1).numpy()
+        draws = self._draw(samples, seed)
+        traces = torch.cat([kernel.posterior_trace(tau) for kernel in self._kernels(draws.x0, draws.eps)], 1)
+        return (traces if draws.weight is None else traces * draws.weight).mean(1).numpy()
 
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
@@ -191,23 +182,21 @@ class MixtureBlock(Block):
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         return self.law.sample(samples, generator)
 
-    def _draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x0 and noise, each (n, d), and the weights of the points, (n,)."""
+    def _draw(self, samples: int, seed: int) -> Draws:
         # A small mixture is cheap: more draws make up for the spread of the terms, which is wide in few dimensions.
         size = samples * self.law.dim * len(self.law.means)
         generator = torch_generator(FIT_STREAM, seed)
-        x0 = self.proposal.sample(samples * int(np.clip(SMALL / size, 1, 4)), generator)
-        weight = torch.ones(len(x0), dtype=torch.float64)
+        component = self.proposal.components(samples * int(np.clip(SMALL / size, 1, 4)), generator)
+        x0 = self.proposal.sample_of(component, generator)
+        weight = None
         if self.proposal is not self.law:
             weight = (self.law.log_prob(x0, 1.0, 0.0) - self.proposal.log_prob(x0, 1.0, 0.0)).exp()
-        return x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator), weight
+        return Draws(x0, torch.randn(x0.shape, dtype=torch.float64, generator=generator), component, weight)
 
     def _kernels(self, x0: Tensor, eps: Tensor) -> Iterator[MixtureKernel]:
         """Kernels of so many points at a time, to be used up one by one."""
-        n = len(x0)
-        size = max(1, int(n * BLOCK_BYTES / max(MixtureKernel.bytes_needed(self.law, n), 1)))
-        for start in range(0, n, size):
-            yield MixtureKernel(self.law, x0[start : start + size], eps[start : start + size])
+        for rows in blocks_of(self.law, len(x0)):
+            yield MixtureKernel(self.law, x0[rows], eps[rows])
 
 
 class ProductBlock(Block):

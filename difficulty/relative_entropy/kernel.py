@@ -11,7 +11,7 @@ Per component, with shift = (alpha_2 - alpha_1) m and shrink = (v_1 - v_2)/v_2,
 and log p_1/p_2 = -log sum_k r_k exp(-d_k) with r_k the posterior of k under p_1: no difference of large logarithms.
 """
 
-__all__ = ["MixtureKernel"]
+__all__ = ["MixtureKernel", "blocks_of"]
 
 import math
 
@@ -24,6 +24,7 @@ from difficulty.laws import GaussianMixture
 
 # Elements (component, point, noise level) held at once: 2^22 doubles are 32 MiB, about a last-level cache.
 CHUNK = 2**22
+BLOCK_BYTES = 2**27
 
 
 class MixtureKernel:
@@ -39,8 +40,7 @@ class MixtureKernel:
         self.dim = law.dim
         self.log_weights = law.log_weights
         means = law.rotated_means[:, None]
-        isotropic = bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
-        if isotropic:
+        if _isotropic(law):
             # One variance per component: the features are sums over dimensions, and thousands of components are cheap.
             zx2 = torch.cdist(law.means, x0, compute_mode="donot_use_mm_for_euclid_dist").square()
             ze2 = eps.square().sum(1).expand_as(zx2)
@@ -59,12 +59,6 @@ class MixtureKernel:
             self.means_squared = law.rotated_means.square()
             self.multiplicity = 1.0
 
-    @staticmethod
-    def bytes_needed(law: GaussianMixture, n: int) -> int:
-        """Memory of the features for n points."""
-        isotropic = bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
-        return 40 * n * len(law.means) * (1 if isotropic else law.dim)
-
     def log_ratio(self, first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> Tensor:
         """log p_1(x) - log p_2(x) at x = alpha_1 x0 + sigma_1 eps, shape (m, n).
 
@@ -73,16 +67,9 @@ class MixtureKernel:
         """
         out = []
         for rows in self._chunks(len(first)):
-            a1, s1, a2, s2 = (torch.from_numpy(c)[None, None, :] for c in (*first[rows].T, *second[rows].T))
-            lam = self.eigenvalues[:, :, None]
-            v1, v2 = a1**2 * lam + s1**2, a2**2 * lam + s2**2
-            shrink = ((a1 - a2) * (a1 + a2) * lam + (s1 - s2) * (s1 + s2)) / v2
-            da = a2 - a1
-            log_posterior = torch.log_softmax(self._log_joint(a1, s1, v1), 0)
-            linear = -2 * da / v2
-            weights = _stack(a1, s1, shrink / v1, linear)
-            constant = (da**2 * self.means_squared[:, :, None] / v2).sum(1)
-            constant = constant - self.multiplicity * torch.log1p(shrink).sum(1)
+            a1, s1 = (torch.from_numpy(c)[None, None, :] for c in first[rows].T)
+            weights, constant = self._ratio_weights(first[rows], second[rows])
+            log_posterior = torch.log_softmax(self._log_joint(a1, s1, a1**2 * self.eigenvalues[:, :, None] + s1**2), 0)
             d = 0.5 * (torch.bmm(self.features, weights) + constant[:, None])
             near = -torch.log1p((log_posterior.exp() * torch.expm1(-d.clamp(min=-1.0))).sum(0))
             far = -torch.logsumexp(log_posterior - d, 0)
@@ -90,6 +77,17 @@ class MixtureKernel:
             relevant = torch.where(log_posterior > -40.0, d.abs(), 0.0).amax(0)
             out.append(torch.where(relevant < 0.5, near, far).T)
         return torch.cat(out)
+
+    def log_ratio_of(
+        self, component: Tensor, first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]
+    ) -> Tensor:
+        """log N_1/N_2 of one component for each point, (n,), at x = alpha_1 x0 + sigma_1 eps; shape (m, n)."""
+        weights, constant = self._ratio_weights(first, second)
+        out = torch.empty(len(first), len(component), dtype=torch.float64)
+        for k in range(len(self.features)):
+            rows = torch.nonzero(component == k)[:, 0]
+            out[:, rows] = 0.5 * (self.features[k, rows] @ weights[k] + constant[k]).T
+        return out
 
     def time_score(self, tau: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         """F = d log p/d tau and the dilation score q (`score`, F3) at y = x0 + exp(tau) eps, each (m, n)."""
@@ -106,6 +104,20 @@ class MixtureKernel:
             flows.append((posterior * flow).sum(0).T)
             dilations.append((posterior * dilation).sum(0).T)
         return torch.cat(flows), torch.cat(dilations)
+
+    def time_score_of(self, component: Tensor, tau: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """F and q of one component for each point, (n,), at y = x0 + exp(tau) eps, each (m, n)."""
+        s = torch.from_numpy(np.exp(tau))[None, None, :]
+        one = torch.ones_like(s)
+        v = self.eigenvalues[:, :, None] + s**2
+        sides = [_stack(one, s, (s / v) ** 2, torch.zeros_like(v)), _stack(one, s, 1 / v, 1 / v)]
+        flow, dilation = torch.empty(2, len(tau), len(component), dtype=torch.float64)
+        for k in range(len(self.features)):
+            rows = torch.nonzero(component == k)[:, 0]
+            own = self.features[k, rows]
+            flow[:, rows] = (own @ sides[0][k] - (self.multiplicity * s[0] ** 2 / v[k]).sum(0)).T
+            dilation[:, rows] = self.dim - (own @ sides[1][k]).T
+        return flow, dilation
 
     def log_prob(self, tau: npt.NDArray[np.float64]) -> Tensor:
         """log density of y = x0 + exp(tau) eps, shape (m, n)."""
@@ -159,6 +171,18 @@ class MixtureKernel:
             out.append(1 / torch.softmax(joint, 0).square().sum(0).T)
         return torch.cat(out)
 
+    def _ratio_weights(
+        self, first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of the features, (K, 5 D, m), and the constant, (K, m), of twice d."""
+        a1, s1, a2, s2 = (torch.from_numpy(c)[None, None, :] for c in (*first.T, *second.T))
+        lam = self.eigenvalues[:, :, None]
+        v1, v2 = a1**2 * lam + s1**2, a2**2 * lam + s2**2
+        shrink = ((a1 - a2) * (a1 + a2) * lam + (s1 - s2) * (s1 + s2)) / v2
+        da = a2 - a1
+        constant = (da**2 * self.means_squared[:, :, None] / v2).sum(1)
+        return _stack(a1, s1, shrink / v1, -2 * da / v2), constant - self.multiplicity * torch.log1p(shrink).sum(1)
+
     def _log_joint(self, alpha: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
         """log w_k + log N(x; k) without the 2 pi, shape (K, n, m)."""
         w = 1 / v
@@ -171,6 +195,17 @@ class MixtureKernel:
         components, n, _ = self.features.shape
         size = max(1, CHUNK // (components * n))
         return [slice(start, min(start + size, m)) for start in range(0, m, size)]
+
+
+def blocks_of(law: GaussianMixture, n: int) -> list[slice]:
+    """n points in parts whose features take 128 MiB each."""
+    bytes_each = 40 * len(law.means) * (1 if _isotropic(law) else law.dim)
+    size = max(1, BLOCK_BYTES // bytes_each)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _isotropic(law: GaussianMixture) -> bool:
+    return bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
 
 
 def _stack(alpha: Tensor, sigma: Tensor, quadratic: Tensor, linear: Tensor) -> Tensor:

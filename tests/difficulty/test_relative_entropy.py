@@ -111,8 +111,8 @@ def test_monte_carlo_agrees_with_quadrature_in_one_dimension(process):
         terms = np.where(small, ratio**2 * (0.5 - ratio / 6), ratio + np.expm1(-np.clip(ratio, -600, None)))
         exact.append((np.exp(first) * terms).sum() * (x[1] - x[0]))
     # One stream for all pairs and processes; the acceptance limits are those of 1e5 draws.
-    x0, eps = law_draws(law, 100_000, 0)
-    ours, error, _, _ = kl_of_law(law, pairs, x0, eps, SILENT)
+    draws = law_draws(law, 100_000, 0)
+    ours, error, _, _ = kl_of_law(law, pairs, draws, SILENT)
     assert np.abs(ours / exact - 1).max() < 0.04
     assert (np.abs(ours - exact) < 5 * error).all()
     assert spearmanr(ours, exact).statistic == pytest.approx(1)
@@ -121,8 +121,8 @@ def test_monte_carlo_agrees_with_quadrature_in_one_dimension(process):
 def test_relative_error_of_the_nonnegative_form_does_not_depend_on_how_small_the_kl_is():
     pairs = make_pairs(get_process("vp-linear"), THIRTEEN)
     law = mixture_16d()
-    x0, eps = law_draws(law, 20_000, 0)
-    value, error, _, _ = kl_of_law(law, pairs, x0, eps, SILENT)
+    draws = law_draws(law, 20_000, 0)
+    value, error, _, _ = kl_of_law(law, pairs, draws, SILENT)
     assert value.max() / value.min() > 1e4
     assert (error / value).max() < 0.08
 
@@ -131,8 +131,9 @@ def test_relative_error_of_the_nonnegative_form_does_not_depend_on_how_small_the
 def test_quadratic_formula_with_the_exact_score_agrees_with_the_log_ratio(process):
     law = mixture_16d()
     pairs = make_pairs(get_process(process), [t for t in SIXTEEN if t >= 8])
-    x0, eps = law_draws(law, 20_000, 1)
-    value = kl_of_law(law, pairs, x0, eps, SILENT)[0]
+    draws = law_draws(law, 20_000, 1)
+    x0, eps = draws.x0, draws.eps
+    value = kl_of_law(law, pairs, draws, SILENT)[0]
     flow, dilation = MixtureKernel(law, x0, eps).time_score(pairs.tau)
     for i in range(len(pairs)):
         f = time_score(flow[i], dilation[i], pairs.dtau[i], pairs.dlog_alpha[i])
@@ -164,12 +165,13 @@ def test_mixture_fit_of_a_multimodal_law_is_accurate_at_every_pair():
 def test_nearest_neighbours_are_off_by_ten_on_most_pairs_and_are_not_offered():
     law = mixture_16d()
     pairs = make_pairs(get_process("vp-linear"), SIXTEEN[::2])
-    x0, eps = law_draws(law, 2000, 0)
-    other, noise = law_draws(law, 2000, 1)
-    truth = kl_of_law(law, pairs, *law_draws(law, 20_000, 2), SILENT)[0]
+    draws = law_draws(law, 2000, 0)
+    x0, eps = draws.x0, draws.eps
+    other = law_draws(law, 2000, 1)
+    truth = kl_of_law(law, pairs, law_draws(law, 20_000, 2), SILENT)[0]
     wrong = 0
     for i, ((a1, s1), (a2, s2)) in enumerate(zip(pairs.first, pairs.second, strict=True)):
-        p, q = a1 * x0 + s1 * eps, a2 * other + s2 * noise
+        p, q = a1 * x0 + s1 * eps, a2 * other.x0 + s2 * other.eps
         to_p, to_q = torch.cdist(p, p).kthvalue(6, 1).values, torch.cdist(p, q).kthvalue(5, 1).values
         estimate = float(16 * (to_q / to_p).log().mean() + np.log(2000 / 1999))
         wrong += not 0.1 < estimate / truth[i] < 10
@@ -200,7 +202,8 @@ def test_the_longest_coarse_interval_is_not_refused_for_its_length():
 def test_coarse_intervals_by_integrating_the_exact_time_score():
     law = mixture_16d()
     pairs = make_pairs(get_process("vp-linear"), tasks=20)
-    x0, eps = law_draws(law, 4000, 0)
+    draws = law_draws(law, 4000, 0)
+    x0, eps = draws.x0, draws.eps
     for first, second in zip(pairs.first, pairs.second, strict=True):
         first, second = tuple(map(float, first)), tuple(map(float, second))
         x = first[0] * x0 + first[1] * eps
@@ -218,8 +221,8 @@ def test_cross_estimate_is_right_with_an_overfitted_mixture():
         samples_of(law, 1800).astype(np.float64), np.ones(1800), MixtureOptions(6, 20.0), 1e-4, seed=0, iterations=30
     )
     pairs = make_pairs(get_process("vp-linear"), [t for t in SIXTEEN if t >= 8])
-    truth = kl_of_law(law, pairs, *law_draws(law, 10_000, 5), SILENT)[0]
-    clean, _ = law_draws(law, 1000, 9)
+    truth = kl_of_law(law, pairs, law_draws(law, 10_000, 5), SILENT)[0]
+    clean = law_draws(law, 1000, 9).x0
     noise = torch.randn(1000, 1, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     eps = torch.cat([noise, -noise], 1)
     x0 = clean[:, None, None].expand_as(eps).flatten(0, 2)
@@ -247,7 +250,7 @@ def test_clusters_on_planes_of_their_own_are_measured_at_little_noise(thickness)
     times = [2, 5, 10, 40, 150, 400]
     process = get_process("vp-linear")
     table = kl(split_samples("planes", samples_of(law, 3000)), process, pairs=times)
-    truth = kl_of_law(law, make_pairs(process, times), *law_draws(law, 20_000, 5), SILENT)[0]
+    truth = kl_of_law(law, make_pairs(process, times), law_draws(law, 20_000, 5), SILENT)[0]
     assert table["valid"].sum() >= 5
     error = np.abs(table["kl"] / truth - 1)[table["valid"]]
     assert error.max() < 0.15
@@ -302,7 +305,8 @@ def test_kl_lies_between_zero_and_the_upper_bound(law):
 def test_kernel_gives_the_log_ratios_of_the_law():
     law = mixture_16d()
     pairs = make_pairs(get_process("vp-cosine"), [2, 300, 990])
-    x0, eps = law_draws(law, 200, 0)
+    draws = law_draws(law, 200, 0)
+    x0, eps = draws.x0, draws.eps
     found = MixtureKernel(law, x0, eps).log_ratio(pairs.first, pairs.second)
     for row, (a, s), second in zip(found, pairs.first, pairs.second, strict=True):
         expected = law.log_ratio(a * x0 + s * eps, (a, s), tuple(second))
@@ -330,7 +334,7 @@ def test_two_points_have_the_exact_curve_under_ve():
     assert (table.se == 0).all()
     assert (table.ratio <= 1 + 1e-9).all()
     assert (table.ratio_reverse <= 1 + 1e-9).all()
-    drawn = kl_of_law(law, make_pairs(get_process("ve"), THIRTEEN), *law_draws(law, 100_000, 0), SILENT)
+    drawn = kl_of_law(law, make_pairs(get_process("ve"), THIRTEEN), law_draws(law, 100_000, 0), SILENT)
     found = table.set_index("t").loc[THIRTEEN]
     for column, values in zip(("kl", "kl_reverse", "i_min"), (drawn[0], drawn[2], drawn[3]), strict=True):
         np.testing.assert_allclose(found[column], values, rtol=0.04, atol=1e-9)
@@ -367,7 +371,7 @@ def test_kl_of_a_ring_is_that_of_quadrature_over_its_radius(process, asked):
 def test_kl_and_rate_of_a_ring_are_those_of_its_draws():
     law, pairs = Ring(5), [100, 220, 430]
     found = kl(exact_dataset(law), "vp-linear", pairs=pairs)
-    drawn = kl_of_law(law, make_pairs(get_process("vp-linear"), pairs), *law_draws(law, 40_000, 0), SILENT)
+    drawn = kl_of_law(law, make_pairs(get_process("vp-linear"), pairs), law_draws(law, 40_000, 0), SILENT)
     for column, values in zip(("kl", "kl_reverse", "i_min"), (drawn[0], drawn[2], drawn[3]), strict=True):
         np.testing.assert_allclose(found[column], values, rtol=0.05)
 
