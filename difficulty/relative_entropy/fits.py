@@ -2,7 +2,7 @@
 
 A fit is a product of blocks, so its relative entropies, time scores and log-densities are sums over blocks:
     GaussianBlock   everything in closed form (F2)
-    MixtureBlock    full-covariance mixture, F1 with draws of the fit
+    MixtureBlock    full-covariance mixture, F1 with draws of the fit (``mixture_means``)
     ProductBlock    independent one-dimensional mixtures along rotated axes, quadrature
 ``families`` says how a block is fitted to rows.
 """

@@ -11,7 +11,7 @@ Per component, with shift = (alpha_2 - alpha_1) m and shrink = (v_1 - v_2)/v_2,
 and log p_1/p_2 = -log sum_k r_k exp(-d_k) with r_k the posterior of k under p_1: no difference of large logarithms.
 """
 
-__all__ = ["MixtureKernel", "blocks_of"]
+__all__ = ["MixtureKernel", "blocks_of", "isotropic"]
 
 import math
 
@@ -40,7 +40,7 @@ class MixtureKernel:
         self.dim = law.dim
         self.log_weights = law.log_weights
         means = law.rotated_means[:, None]
-        if _isotropic(law):
+        if isotropic(law):
             # One variance per component: the features are sums over dimensions, and thousands of components are cheap.
             zx2 = torch.cdist(law.means, x0, compute_mode="donot_use_mm_for_euclid_dist").square()
             ze2 = eps.square().sum(1).expand_as(zx2)
@@ -199,12 +199,13 @@ class MixtureKernel:
 
 def blocks_of(law: GaussianMixture, n: int) -> list[slice]:
     """n points in parts whose features take 128 MiB each."""
-    bytes_each = 40 * len(law.means) * (1 if _isotropic(law) else law.dim)
+    bytes_each = 40 * len(law.means) * (1 if isotropic(law) else law.dim)
     size = max(1, BLOCK_BYTES // bytes_each)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _isotropic(law: GaussianMixture) -> bool:
+def isotropic(law: GaussianMixture) -> bool:
+    """Whether every component has one variance along all axes."""
     return bool((law.eigenvalues == law.eigenvalues[:, :1]).all())
 
 

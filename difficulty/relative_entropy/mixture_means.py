@@ -16,7 +16,7 @@ and in a component where z has the mean d and the covariance V two of them have 
     E = sum [h (V_ii + d^2) + b d] + c,   Cov = 2 sum_ij h_i V_ij^2 h'_j + g.V g'   with   g = 2 h d + b.
 
 So the deviations of these forms and of their products from their means have a mean of 0 over the mixture, and what is
-asked for is regressed on them (``regressed``).
+asked for is regressed on them (``montecarlo``).
 """
 
 __all__ = ["Draws", "mixture_kl", "mixture_rates"]
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from difficulty.laws import GaussianMixture
-from difficulty.relative_entropy.kernel import MixtureKernel, blocks_of
-from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, regressed
+from difficulty.relative_entropy.kernel import MixtureKernel, blocks_of, isotropic
+from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, mean_beside
 from difficulty.relative_entropy.rates import beta_of
 
 Array = npt.NDArray[np.float64]
@@ -120,8 +120,7 @@ def mixture_rates(law: GaussianMixture, tau: Array, draws: Draws) -> tuple[Array
     beside = _deviations(values, gaussians.moments(scales, forms), draws.weight)
 
     def mean(terms: Tensor) -> tuple[Tensor, Tensor]:
-        terms = regressed(terms * weight, beside)
-        return terms.mean(1), terms.std(1) / n**0.5
+        return mean_beside(terms * weight, beside)
 
     least = flow - slope * dilation
     a, b, c = (mean(part) for part in (flow.square(), flow * dilation, dilation.square()))
@@ -148,7 +147,9 @@ def _deviations(others: list[Tensor], moments: list[tuple[Tensor, Tensor]], weig
         i, j = torch.triu_indices(len(values), len(values)).tolist()
         out.append(values[i] * values[j] - product[i, j][..., None])
     beside = torch.cat(out)
-    return beside if weight is None else beside * weight
+    if weight is None:
+        return beside
+    return torch.cat([beside * weight, (weight - 1).expand_as(beside[:1])])
 
 
 class _Gaussians:
@@ -162,12 +163,19 @@ class _Gaussians:
         self.law, self.weights = law, law.log_weights.exp()
         mean = self.weights @ law.means
         offset = law.means - mean
-        within = (law.basis * law.eigenvalues[:, None]) @ law.basis.transpose(1, 2)
-        covariance = torch.tensordot(self.weights, within, 1) + (offset * self.weights[:, None]).T @ offset
+        between = (offset * self.weights[:, None]).T @ offset
+        # Thousands of components without axes of their own need no matrix each.
+        self.within = None if isotropic(law) else (law.basis * law.eigenvalues[:, None]) @ law.basis.transpose(1, 2)
+        if self.within is None:
+            covariance = between + torch.diag(self.weights @ law.eigenvalues)
+        else:
+            covariance = between + torch.tensordot(self.weights, self.within, 1)
         self.whole = GaussianMixture([1.0], mean[None].numpy(), covariance[None].numpy())
         axes = self.whole.basis[0]
-        self.offset, self.within = offset @ axes, axes.T @ within @ axes
-        self.variances, self.squares = self.within.diagonal(dim1=1, dim2=2), self.within.square()
+        self.offset, self.variances = offset @ axes, law.eigenvalues
+        if self.within is not None:
+            self.within = axes.T @ self.within @ axes
+            self.variances = self.within.diagonal(dim1=1, dim2=2)
 
     def log_ratio_forms(self, first: Array, second: Array) -> list[_Forms]:
         """The log-ratio of the whole and of the components, from (alpha, sigma)."""
@@ -214,11 +222,15 @@ class _Gaussians:
         (h, b, c), a2, s2 = forms, alpha**2, sigma**2
         d = alpha * self.offset
         mean = h @ (self.variances * a2 + s2 + d.square()).T + b @ d.T + c[:, None]
-        # V = a2 within + s2 I, whose elements are squared one by one.
-        square = a2**2 * torch.einsum("fi,kij,gj->fgk", h, self.squares, h)
-        square = square + torch.einsum("fi,ki,gi->fgk", h, 2 * a2 * s2 * self.variances + s2**2, h)
         g = 2 * h[:, None] * d + b[:, None]
-        linear = a2 * torch.einsum("fki,kij,gkj->fgk", g, self.within, g) + s2 * torch.einsum("fki,gki->fgk", g, g)
+        if self.within is None:
+            v = a2 * self.variances + s2
+            square, linear = torch.einsum("fi,ki,gi->fgk", h, v**2, h), torch.einsum("fki,ki,gki->fgk", g, v, g)
+        else:
+            # V = a2 within + s2 I, whose elements are squared one by one.
+            square = a2**2 * torch.einsum("fi,kij,gj->fgk", h, self.within.square(), h)
+            square = square + torch.einsum("fi,ki,gi->fgk", h, 2 * a2 * s2 * self.variances + s2**2, h)
+            linear = a2 * torch.einsum("fki,kij,gkj->fgk", g, self.within, g) + s2 * torch.einsum("fki,gki->fgk", g, g)
         return self._over_components(mean, 2 * square + linear)
 
     def _of_components(self, forms: _Forms, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,14 @@ What is known to have a mean of 0 at the same points takes the better part of th
 terms minus any multiple of it have the same mean, and the least variance for their regression on it.
 """
 
-__all__ = ["kl_from_log_ratio", "nonnegative_terms", "regressed"]
+__all__ = ["kl_from_log_ratio", "mean_beside", "nonnegative_terms", "regressed"]
 
 import torch
 from torch import Tensor
+
+# A point that is rare among those drawn, between two distant modes say, may lie far off every regression on the others:
+# no error is stated below this share of that of the terms themselves.
+LEAST_SHARE = 0.05
 
 
 def regressed(terms: Tensor, beside: Tensor) -> Tensor:
@@ -28,6 +32,15 @@ def regressed(terms: Tensor, beside: Tensor) -> Tensor:
     covariance = centred @ centred.transpose(1, 2) / n
     slopes = torch.linalg.pinv(covariance, rtol=1e-9, hermitian=True) @ (centred @ terms[..., None] / n)
     return terms - (slopes * values).sum(1)
+
+
+def mean_beside(terms: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means of terms (m, n), ``regressed`` if there is something beside them, and their standard errors, each (m,)."""
+    mean, error = terms.mean(1), terms.std(1) / terms.shape[1] ** 0.5
+    if beside is None:
+        return mean, error
+    rest = regressed(terms, beside)
+    return rest.mean(1), torch.maximum(rest.std(1) / terms.shape[1] ** 0.5, LEAST_SHARE * error)
 
 
 def nonnegative_terms(log_ratio: Tensor) -> Tensor:
@@ -48,13 +61,9 @@ def kl_from_log_ratio(
         weight: of points drawn from another law, their ratio of densities (n,), with mean 1.
         beside: what has an exact mean of 0 at the points, times their weight, (c, m, n).
     """
-    n = log_ratio.shape[1]
-    candidates = torch.stack([nonnegative_terms(log_ratio), log_ratio])
-    if weight is not None:
-        candidates = candidates * weight
-    if beside is not None:
-        candidates = torch.stack([regressed(each, beside) for each in candidates])
-    mean, error = candidates.mean(2), candidates.std(2) / n**0.5
+    candidates = [nonnegative_terms(log_ratio), log_ratio]
+    found = [mean_beside(each if weight is None else each * weight, beside) for each in candidates]
+    mean, error = (torch.stack(column) for column in zip(*found, strict=True))
     relative = torch.where(mean > 0, error / mean.abs().clamp(min=1e-300), torch.inf)
     relative = torch.where(torch.isfinite(relative), relative, torch.inf)
     # A KL of exactly zero has zero terms: the first form says so.
