@@ -6,8 +6,8 @@ exponentially for such integrands), and a ring over its radius rho = |x_{1:2}|, 
     p_t(rho) = rho/sigma^2 exp(-(rho^2 + alpha^2 r^2)/(2 sigma^2)) I0(alpha r rho/sigma^2)    (Rice)
 
 and the other D - 2 axes, independent and without variance, add F2 and their part of the profile. Any other law takes
-F1 with draws of it, a mixture's beside Gaussians of known moments; the only error is that of Monte Carlo. Common draws of (x0, eps) serve all pairs, so that the
-curve over t is smooth.
+F1 with draws of it, a mixture's beside Gaussians of known moments (``mixture_means``); then the only error is that of
+Monte Carlo. Common draws of (x0, eps) serve all pairs, so that the curve over t is smooth.
 """
 
 __all__ = ["estimate_exact", "kl_of_law", "known_law"]
