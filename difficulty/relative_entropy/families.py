@@ -20,7 +20,7 @@ from difficulty.relative_entropy.mixture import (
     student_scales,
 )
 from difficulty.relative_entropy.pairs import Pairs
-from difficulty.relative_entropy.unmixing import LOGCOSH, independent_axes, principal
+from difficulty.relative_entropy.unmixing import LOGCOSH, independent_axes, look_gaussian, principal
 
 Array = npt.NDArray[np.float64]
 
@@ -173,6 +173,8 @@ def fit_axes(
 ) -> tuple[Array, Array, Array]:
     """One-dimensional mixtures along every column at once: weights, means, variances, each (d, K).
 
+    A column that looks Gaussian has one component, and weight 0 on the others.
+
     The sorted column is cut into at most 256 bins of equal mass, each kept with its mean and variance, which leaves the
     likelihood of a component wider than a bin unchanged.
     """
@@ -198,6 +200,11 @@ def fit_axes(
         log_joint = np.log(weights)[..., None] - 0.5 * (z / variances[..., None] + np.log(variances)[..., None])
         r = np.exp(log_joint - log_joint.max(1, keepdims=True))
         r /= r.sum(1, keepdims=True)
+    gaussian = look_gaussian((x - x.mean(0)) / x.std(0))
+    weights[gaussian] = np.eye(components)[0]
+    centre = counts @ x[:, gaussian] / counts.sum()
+    means[gaussian] = centre[:, None]
+    variances[gaussian] = (counts @ (x[:, gaussian] - centre) ** 2 / counts.sum() + floor)[:, None]
     return weights, means, variances
 
 

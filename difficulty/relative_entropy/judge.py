@@ -186,6 +186,7 @@ class Judge:
         # Richer fits that are no better are noise more often than news; simpler ones are not.
         richer = size[:, None] > size[best]
         weight = np.where(richer, np.minimum(weight, RICHER_WEIGHT), np.minimum(weight, 1.0 - 1e-9))
+        weight = np.maximum(weight, self._chosen_at_less_noise(best, len(names)))
         weight[best, np.arange(len(best))] = 1.0
         return names, weight
 
@@ -201,6 +202,13 @@ class Judge:
             least = weight[:, cleaner[weight[i, cleaner] > PLAUSIBLE]].min(1)
             kept[least < REFUTED, j] = 0.0
         return kept
+
+    def _chosen_at_less_noise(self, best: Rows, candidates: int) -> Array:
+        """Weights (candidates, m) of what less noise made the choice: that law is behind this level too."""
+        weight = np.zeros((candidates, len(best)))
+        for i, tau in zip(best, self.anchors.tau, strict=True):
+            weight[i, self.anchors.tau > tau] = RICHER_WEIGHT
+        return weight
 
     # -- measurement -------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ Gaussian's. A bump exp(-u^2/(2 BUMP^2)) is not; it is taken where its components
 which is what independent components have least of (Hyvarinen and Oja 2000, Neural Networks 13, 411).
 """
 
-__all__ = ["LOGCOSH", "contrast_of_axes", "independent_axes", "principal", "quiet_unmixing"]
+__all__ = ["LOGCOSH", "contrast_of_axes", "independent_axes", "look_gaussian", "principal", "quiet_unmixing"]
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,23 +37,23 @@ def contrast_of_axes(rows: Array, counts: Array, seed: int) -> str | None:
     n, d = rows.shape
     if d == 1:
         return LOGCOSH
-    unit, sources = _unmix(rows, counts, seed, LOGCOSH)
-    other_unit, other = _unmix(rows, counts, seed, LOCAL)
-    # Axes that were turned to stand out do so by about sqrt(d) standard errors even where all are alike.
-    surely = np.sqrt(d) + 3
-    if _are_independent(other_unit, other) and _bump(other) > surely:
+    mixing, sources = _unmix(rows, counts, seed, LOGCOSH)
+    other_mixing, other = _unmix(rows, counts, seed, LOCAL)
+    surely = _surely(d)
+    if _are_independent(other_mixing, other) and _bump(other) > surely:
         with np.errstate(divide="ignore", invalid="ignore"):  # values that repeat have an entropy of -inf
             less = differential_entropy(sources).sum() - differential_entropy(other).sum()
         if less > LESS_ENTROPY * np.sqrt(d / n):
             return LOCAL
     kurtosis = np.abs((sources**4).mean(0) - 3).max()
     stands_out = _bump(sources) > surely or kurtosis > 3 * np.sqrt(24 / n)
-    return LOGCOSH if stands_out and _are_independent(unit, sources) else None
+    return LOGCOSH if stands_out and _are_independent(mixing, sources) else None
 
 
-def _are_independent(unit: Array, sources: Array) -> bool:
-    """Whether axes (d, d) are orthogonal and components (n, d) show no dependence, up to sampling error."""
+def _are_independent(mixing: Array, sources: Array) -> bool:
+    """Whether the columns (d, d) are orthogonal and components (n, d) show no dependence, up to sampling error."""
     n, d = sources.shape
+    unit = mixing / np.linalg.norm(mixing, axis=0)
     # Distance of the axes from orthogonality, against what the error of an estimated axis explains.
     orthogonal = np.abs(unit.T @ unit - np.eye(d)).max() < max(0.25, 4 * np.sqrt(d / n))
     # Squares of independent components do not covary. On a sphere, and under radial heavy tails, they do, whatever
@@ -69,6 +70,22 @@ def _are_independent(unit: Array, sources: Array) -> bool:
     return bool(orthogonal and np.abs(covariance) < LARGEST_COVARIANCE * error and not curved)
 
 
+def look_gaussian(sources: Array) -> npt.NDArray[np.bool_]:
+    """Which components (n, d) of unit variance have the skewness, kurtosis and bump of a Gaussian up to error, (d,)."""
+    n, d = sources.shape
+    figures = np.stack([
+        (sources**3).mean(0) / np.sqrt(6 / n),
+        ((sources**4).mean(0) - 3) / np.sqrt(24 / n),
+        (np.exp(-(sources**2) / (2 * BUMP**2)).mean(0) - BUMP_MEAN) / BUMP_SD * np.sqrt(n),
+    ])  # fmt: skip
+    return np.asarray((np.abs(figures) < _surely(d)).all(0))
+
+
+def _surely(d: int) -> float:
+    """Standard errors beyond which a component stands out: turned to do so it does by about sqrt(d) among Gaussians."""
+    return math.sqrt(d) + 3
+
+
 def _bump(sources: Array) -> float:
     """How far the mean bump of the component that has the least Gaussian one is from a Gaussian's, in its error."""
     mean = np.exp(-(sources**2) / (2 * BUMP**2)).mean(0)
@@ -79,12 +96,20 @@ def independent_axes(rows: Array, counts: Array, seed: int, contrast: str) -> Ar
     """Orthonormal axes, shape (d, d), along which the rows are as independent as can be.
 
     Independent components are found after whitening; the noise is independent only along orthogonal axes, and the
-    nearest such ones are returned.
+    nearest such ones are returned. An error e of the search turns two directions of standard deviations s and s' by
+    e s'/s and e s/s'; weighted by their variances, orthogonal ones are turned by 2 e s s'/(s^2 + s'^2) at most, since
+    axes of different variance are principal ones.
     """
     if rows.shape[1] == 1:
         return np.eye(1)
-    left, _, right = np.linalg.svd(_unmix(rows, counts, seed, contrast)[0])
-    return left @ right
+    mixing, _ = _unmix(rows, counts, seed, contrast)
+    left, _, right = np.linalg.svd(mixing * np.linalg.norm(mixing, axis=0))
+    found = left @ right
+    # What the search took for a component by chance has left the Gaussian ones correlated.
+    projected = (rows - rows.mean(0)) @ found
+    gaussian = look_gaussian(projected / projected.std(0))
+    found[:, gaussian] = found[:, gaussian] @ principal(projected[:, gaussian], counts)[1]
+    return found
 
 
 @contextmanager
@@ -99,7 +124,7 @@ def quiet_unmixing() -> Iterator[None]:
 
 
 def _unmix(rows: Array, counts: Array, seed: int, contrast: str) -> tuple[Array, Array]:
-    """Directions of the independent components as unit columns (d, d), and the components (n, d) of unit variance."""
+    """The independent components (n, d), of unit variance, and what each contributes to the rows, columns of (d, d)."""
     from sklearn.decomposition import FastICA
 
     values, axes = principal(rows, counts)
@@ -113,7 +138,11 @@ def _unmix(rows: Array, counts: Array, seed: int, contrast: str) -> tuple[Array,
     fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed, **options)
     sources = fit.fit_transform(white)
     mixing = (axes * scale) @ fit.components_.T
-    return mixing / np.linalg.norm(mixing, axis=0), sources / np.sqrt((sources**2).mean(0))
+    gaussian = np.flatnonzero(look_gaussian(sources / np.sqrt((sources**2).mean(0))))
+    # Any axes of these are independent ones; those of their own covariance are orthogonal too.
+    left, length, right = np.linalg.svd(mixing[:, gaussian], full_matrices=False)
+    mixing[:, gaussian], sources[:, gaussian] = left * length, sources[:, gaussian] @ right.T
+    return mixing, sources / np.sqrt((sources**2).mean(0))
 
 
 def _bump_slope(u: Array) -> tuple[Array, Array]:

@@ -44,7 +44,7 @@ Array = npt.NDArray[np.float64]
 FAR_SHARE = 0.0025
 # chi^2 of a departure that the samples do not show: three standard errors.
 UNDETECTED = 9.0
-ROUGHER = "too few samples for so little noise: they cannot exclude a rougher law with a much different value"
+ROUGHER = "too few samples: they cannot exclude a rougher law with a much different value"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         (too_rough(hidden, share * found.error), ROUGHER),
         (
             refuted(found.lacking[:, 0], LIMITS.lacking * kl, found.lacking[:, 1], measured=True),
-            "the third and fourth moments of the data refute the fit: it lacks structure of many dimensions at once",
+            "the third and fourth moments of the data refute the fit",
         ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
         (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
@@ -251,8 +251,8 @@ def tail_shares(sample: Sample) -> Array:
 
 
 def spans_too_little(sample: Sample) -> bool:
-    """Whether directions may be empty for want of samples only: n points span at most n - 1."""
-    return sample.n // 2 - 1 < sample.rank < sample.dim
+    """Whether directions may be empty for want of samples only: n points, unless they are atoms, span n - 1."""
+    return not sample.discrete and sample.n // 2 - 1 < sample.rank < sample.dim
 
 
 def bracket(exact: Array, test: Tested, upper: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from scipy.special import i0e, logsumexp
+from scipy.special import i0e, logsumexp, ndtr
 from scipy.stats import multivariate_t, ortho_group, spearmanr
 
 from difficulty.datasets import Dataset, split_samples
@@ -15,7 +15,7 @@ from difficulty.process import PROCESSES, get_process
 from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import kl_of_law, law_draws
-from difficulty.relative_entropy.families import Candidate
+from difficulty.relative_entropy.families import Candidate, fit_axes
 from difficulty.relative_entropy.fits import Fit, MixtureBlock
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.judge import Judge
@@ -431,6 +431,67 @@ def test_axes_of_narrow_modes_are_found_though_their_moments_are_those_of_a_gaus
     assert contrast_of_axes(rows - rows.mean(0), counts, 0) == "local"
     found = independent_axes(rows - rows.mean(0), counts, 0, "local")
     assert np.abs(found.T @ rotation).max(0).min() > 0.99
+
+
+def edges_among_gaussians(n, seed):
+    """Two uniform axes of six, the others Gaussians of unequal variance, rotated; and the rotation."""
+    rng, rotation = np.random.default_rng(seed), ortho_group.rvs(6, random_state=3)
+    gaussians = rng.standard_normal((n, 4)) * np.sqrt([0.2, 0.6, 1.2, 2.0])
+    return np.concatenate([rng.uniform(-1, 1, (n, 2)), gaussians], 1) @ rotation.T, rotation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_few_axes_with_edges_are_found_among_gaussian_ones(seed):
+    # The search leaves Gaussian components wherever they happen to lie, and after whitening these are not orthogonal.
+    rows, rotation = edges_among_gaussians(2000, seed)
+    rows -= rows.mean(0)
+    assert contrast_of_axes(rows, np.ones(2000), 0) == "logcosh"
+    found = independent_axes(rows, np.ones(2000), 0, "logcosh")
+    np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-12)
+    assert np.abs(found.T @ rotation)[:, :2].max(0).min() > 0.99
+    weights, _, _ = fit_axes(rows @ found, np.ones(2000), 4, 1e-6)
+    assert ((weights > 0).sum(1) == 1).sum() == 4
+    np.testing.assert_allclose(weights.sum(1), 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_edges_along_a_few_axes_are_not_smoothed_away_by_the_gaussian_ones(seed):
+    # Mixtures in all dimensions are off by a factor of ten at t = 32 and of two at t = 65, and were valid.
+    times = [32, 65, 100, 200, 400]
+    pairs = make_pairs(get_process("vp-linear"), times)
+    edge = 2 * kl_of_uniform(pairs)
+    truth = edge + gaussian_kl(pairs, np.array([0.2, 0.6, 1.2, 2.0]), np.zeros(4))
+    rows, _ = edges_among_gaussians(3000, seed)
+    table = kl(split_samples("edges", rows.astype(np.float32)), "vp-linear", pairs=times)
+    error = np.abs(table.kl / truth - 1)
+    assert table.valid[1:].all()
+    assert error[table.valid].max() < 0.2
+
+
+def kl_of_uniform(pairs):
+    """KL of a uniform law on [-1, 1], by the trapezoid rule."""
+    out = []
+    for (a1, s1), (a2, s2) in zip(pairs.first, pairs.second, strict=True):
+        x = np.linspace(-a1 - 10 * s1, a1 + 10 * s1, 20_001)
+        first, second = (
+            np.log(ndtr((a - np.abs(x)) / s) - ndtr((-a - np.abs(x)) / s)) - np.log(2 * a)
+            for a, s in ((a1, s1), (a2, s2))
+        )
+        ratio = first - second
+        out.append((np.exp(first) * (ratio + np.expm1(-ratio))).sum() * (x[1] - x[0]))
+    return np.array(out)
+
+
+def test_two_points_span_one_direction_however_many_dimensions():
+    line = np.where(np.random.default_rng(4).random(2000) < 0.3, 1.0, -1.0)
+    times = [2, 65, 320]
+    rows = (line[:, None] * np.full(10, 10**-0.5)).astype(np.float32)
+    found = kl(split_samples("points", rows), "vp-linear", pairs=times)
+    one = exact_dataset(GaussianMixture([0.7, 0.3], [[-1.0], [1.0]], np.zeros((2, 1, 1))))
+    pairs = make_pairs(get_process("vp-linear"), times)
+    truth = kl(one, "vp-linear", pairs=times).kl + gaussian_kl(pairs, np.zeros(9), np.zeros(9))
+    assert found.valid.all()
+    np.testing.assert_allclose(found.kl, truth, rtol=0.05)
 
 
 def test_the_relative_entropy_of_narrow_modes_is_not_that_of_the_gaussian_of_their_moments():
