@@ -6,10 +6,11 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
    noise level of the pair*: what noise hides does not count. Of the plausible ones the simplest is taken.
 2. Error of the fit. The chosen candidate is refitted to random halves of the data, which gives the bias and the
    standard error; where the law looks Gaussian, the influence of every row gives the latter as well (``refits``).
-3. Error of the choice. Candidates that the held-out likelihood hardly tells from the best one must agree with it; their
-   differences enter the error. If the richest fit on offer is the best one, it must agree with the next poorer one:
-   an edge or a spike shows as a fit that keeps changing as it gets richer. If a few rows far out dominate the fourth
-   moments, the fit without them must agree too.
+3. Error of the choice. Candidates that the held-out likelihood hardly tells from the best one must agree with it, and
+   so must what less noise chooses, since one law is behind all levels; their differences enter the error. If the
+   richest fit on offer is the best one, it must agree with the next poorer one: an edge or a spike shows as a fit that
+   keeps changing as it gets richer. If a few rows far out dominate the fourth moments, the fit without them must agree
+   too.
 4. Test on held-out data (F6, ``heldout_tests``): the time score must predict the conditional one, must have the spread
    that the fit says, and the certified lower bound of *every* candidate must lie below the estimate. What a covariance
    of many dimensions makes of the first two for want of rows alone is taken off.
