@@ -62,9 +62,13 @@ def contrast_of_axes(rows: Array, counts: Array, seed: int) -> str | None:
 def _are_independent(mixing: Array, sources: Array) -> bool:
     """Whether the columns (d, d) are orthogonal and components (n, d) show no dependence, up to sampling error."""
     n, d = sources.shape
-    unit = mixing / np.linalg.norm(mixing, axis=0)
-    # Distance of the axes from orthogonality, against what the error of an estimated axis explains.
-    orthogonal = np.abs(unit.T @ unit - np.eye(d)).max() < max(0.25, 4 * np.sqrt(d / n))
+    # Distance of the axes from orthogonality, against what the error of an estimated axis explains: an error e of the
+    # search makes it e (r - 1/r), r the ratio of their lengths.
+    length = np.linalg.norm(mixing, axis=0)
+    ratio = length[:, None] / length
+    tolerance = max(0.25, 4 * np.sqrt(d / n)) * np.maximum(1.0, np.abs(ratio - 1 / ratio))
+    unit = mixing / length
+    orthogonal = (np.abs(unit.T @ unit - np.eye(d)) < tolerance).all()
     # Squares of independent components do not covary. On a sphere, and under radial heavy tails, they do, whatever
     # axes.
     square = sources**2

@@ -454,6 +454,19 @@ def test_a_few_axes_with_edges_are_found_among_gaussian_ones(seed):
     np.testing.assert_allclose(weights.sum(1), 1)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_skewed_axes_are_found_where_log_cosh_hardly_sees_them(seed):
+    # log cosh is right to 0.7 to 0.96 about half a Gaussian; axes of unequal length make it look far from orthogonal.
+    rng, rotation = np.random.default_rng(seed), ortho_group.rvs(6, random_state=3)
+    gaussians = rng.standard_normal((3000, 4)) * [0.2, 0.4, 0.7, 1.2]
+    halves = np.abs(rng.standard_normal((3000, 2))) * [1.1, 0.8]
+    rows = np.concatenate([halves, gaussians], 1) @ rotation.T
+    rows -= rows.mean(0)
+    assert contrast_of_axes(rows, np.ones(3000), 0) == "skewed"
+    found = independent_axes(rows, np.ones(3000), 0, "skewed")
+    assert np.abs(found.T @ rotation)[:, :2].max(0).min() > 0.99
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_edges_along_a_few_axes_are_not_smoothed_away_by_the_gaussian_ones(seed):
     # Mixtures in all dimensions are off by a factor of ten at t = 32 and of two at t = 65, and were valid.
