@@ -20,7 +20,7 @@ from difficulty.relative_entropy.mixture import (
     student_scales,
 )
 from difficulty.relative_entropy.pairs import Pairs
-from difficulty.relative_entropy.unmixing import LOGCOSH, independent_axes, look_gaussian, principal
+from difficulty.relative_entropy.unmixing import LOCAL, LOGCOSH, independent_axes, look_gaussian, principal
 
 Array = npt.NDArray[np.float64]
 
@@ -123,7 +123,8 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
         # The axes are searched in the same rows: axes found in all of them would hide the error of finding them.
         axes = independent_axes(rows, counts, plan.seed, plan.contrast)
         if candidate.family == "product":
-            weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor)
+            plain = plan.contrast != LOCAL
+            weights, means, variances = fit_axes(rows @ axes, counts, candidate.components, plan.floor, plain=plain)
         else:
             weights, means, variances = fit_student_axes(rows @ axes, counts, plan.floor)
         return Fit([(slice(0, d), ProductBlock(axes, weights, means, variances))])
@@ -169,11 +170,11 @@ def _gaussian(rows: Array, counts: Array) -> GaussianBlock:
 
 
 def fit_axes(
-    x: Array, counts: Array, components: int, floor: float, iterations: int = 200
+    x: Array, counts: Array, components: int, floor: float, iterations: int = 200, *, plain: bool = True
 ) -> tuple[Array, Array, Array]:
     """One-dimensional mixtures along every column at once: weights, means, variances, each (d, K).
 
-    A column that looks Gaussian has one component, and weight 0 on the others.
+    With ``plain`` a column that looks Gaussian has one component, and weight 0 on the others.
 
     The sorted column is cut into at most 256 bins of equal mass, each kept with its mean and variance, which leaves the
     likelihood of a component wider than a bin unchanged.
@@ -200,7 +201,7 @@ def fit_axes(
         log_joint = np.log(weights)[..., None] - 0.5 * (z / variances[..., None] + np.log(variances)[..., None])
         r = np.exp(log_joint - log_joint.max(1, keepdims=True))
         r /= r.sum(1, keepdims=True)
-    gaussian = look_gaussian((x - x.mean(0)) / x.std(0))
+    gaussian = look_gaussian((x - x.mean(0)) / x.std(0)) & plain
     weights[gaussian] = np.eye(components)[0]
     centre = counts @ x[:, gaussian] / counts.sum()
     means[gaussian] = centre[:, None]

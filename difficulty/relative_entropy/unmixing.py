@@ -7,7 +7,7 @@ have surely less entropy together, which is what independent components have lea
 Networks 13, 411).
 """
 
-__all__ = ["LOGCOSH", "contrast_of_axes", "independent_axes", "look_gaussian", "principal", "quiet_unmixing"]
+__all__ = ["LOCAL", "LOGCOSH", "contrast_of_axes", "independent_axes", "look_gaussian", "principal", "quiet_unmixing"]
 
 import math
 import warnings
@@ -118,6 +118,8 @@ def independent_axes(rows: Array, counts: Array, seed: int, contrast: str) -> Ar
     mixing, _ = _unmix(rows, counts, seed, contrast)
     left, _, right = np.linalg.svd(mixing * np.linalg.norm(mixing, axis=0))
     found = left @ right
+    if contrast == LOCAL:
+        return found
     # What the search took for a component by chance has left the Gaussian ones correlated.
     projected = (rows - rows.mean(0)) @ found
     gaussian = look_gaussian(projected / projected.std(0))
@@ -151,8 +153,11 @@ def _unmix(rows: Array, counts: Array, seed: int, contrast: str) -> tuple[Array,
     fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed, **options)
     sources = fit.fit_transform(white)
     mixing = (axes * scale) @ fit.components_.T
+    if contrast == LOCAL:
+        return mixing, sources / np.sqrt((sources**2).mean(0))
     gaussian = np.flatnonzero(look_gaussian(sources / np.sqrt((sources**2).mean(0))))
-    # Any axes of these are independent ones; those of their own covariance are orthogonal too.
+    # Any axes of these are independent ones; those of their own covariance are orthogonal too. (Narrow modes, which the
+    # bump sees, are seen too faintly along each axis to be told from a Gaussian.)
     left, length, right = np.linalg.svd(mixing[:, gaussian], full_matrices=False)
     mixing[:, gaussian], sources[:, gaussian] = left * length, sources[:, gaussian] @ right.T
     return mixing, sources / np.sqrt((sources**2).mean(0))
