@@ -132,8 +132,9 @@ def _radii(plane: Ring, scales: Scales) -> tuple[Tensor, Tensor]:
 def law_draws(law: Law, n: int, seed: int) -> Draws:
     """Clean samples and noise, each (n, D)."""
     generator = torch_generator(EXACT_STREAM, seed)
-    component = law.components(n, generator) if isinstance(law, GaussianMixture) else None
-    if isinstance(law, GaussianMixture) and component is not None:
+    component = None
+    if isinstance(law, GaussianMixture):
+        component = law.components(n, generator)
         x0 = law.sample_of(component, generator)
     else:
         x0 = law.sample(n, generator)

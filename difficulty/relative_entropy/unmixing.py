@@ -139,7 +139,7 @@ def quiet_unmixing() -> Iterator[None]:
 
 
 def _unmix(rows: Array, counts: Array, seed: int, contrast: str) -> tuple[Array, Array]:
-    """The independent components (n, d), of unit variance, and what each contributes to the rows, columns of (d, d)."""
+    """What each independent component adds to the rows, columns (d, d), and the components (n, d), of unit variance."""
     from sklearn.decomposition import FastICA
 
     values, axes = principal(rows, counts)
