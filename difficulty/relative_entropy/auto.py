@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from difficulty.datasets import Dataset
+from difficulty.relative_entropy.choice import PLAUSIBLE
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.exact import estimate_exact
 from difficulty.relative_entropy.families import Candidate, leading_axes
-from difficulty.relative_entropy.judge import PLAUSIBLE, Judge
+from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample, make_sample
 
@@ -63,9 +64,9 @@ def _of_one_kind(
     if sample.rank == 0 or not others:
         return found
     doubter = Judge(sample, pairs, settings, pool + others)
-    names, _ = doubter.choose()
+    choice = doubter.choose()
     # At this level alone: less noise may well refute what is right here.
-    likeliest = doubter.plausibility[[name in pool for name in names]].max(0)
+    likeliest = choice.plausibility[[name in pool for name in choice.names]].max(0)
     tau = np.minimum(pairs.tau, 1e3)
     wrong = np.interp(tau, tau[doubter.net.at], (likeliest <= PLAUSIBLE).astype(float)) > 0
     reason = np.where(wrong & found.valid, text, found.reason)

@@ -2,8 +2,8 @@
 
 For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors``):
 
-1. Choice. Each candidate is fitted to three quarters of the rows and judged by the log-likelihood of the rest *at the
-   noise level of the pair*: what noise hides does not count. Of the plausible ones the simplest is taken.
+1. Choice (``choice``). Each candidate is fitted to three quarters of the rows and judged by the log-likelihood of the
+   rest *at the noise level of the pair*: what noise hides does not count. Of the plausible ones the simplest is taken.
 2. Error of the fit. The chosen candidate is refitted to random halves of the data, which gives the bias and the
    standard error; where the law looks Gaussian, the influence of every row gives the latter as well (``refits``).
 3. Error of the choice. Candidates that the held-out likelihood hardly tells from the best one must agree with it, and
@@ -19,7 +19,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
    (``verdict``).
 """
 
-__all__ = ["PLAUSIBLE", "Judge"]
+__all__ = ["Judge"]
 
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from scipy import stats
 from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
+from difficulty.relative_entropy.choice import Choice, choose
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
@@ -61,11 +62,6 @@ ANCHORS = 40
 # Half-sample refits are worth their number; but beyond the first number of axes half of them have to do, and beyond the
 # second one pair, since each takes 10 s and more.
 SOME_AXES, MANY_AXES = 24, 1024
-# Of candidates with at least this weight relative to the most likely one, the simplest is taken.
-PLAUSIBLE = 0.3
-RICHER_WEIGHT = 0.25
-# A candidate that less noise gives less weight than this cannot be the law.
-REFUTED = 1e-3
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.01
 # The parts of an error are doubts that overlap: on the laws that the families were made with (``LAWS`` in
@@ -128,8 +124,8 @@ class Judge:
         if self.sample.rank == 0:
             self.fit_reasons = np.full(len(self.tau), "", dtype=object)
             return self._point_mass()
-        names, weight = self.choose()
-        found = self._measure(names, weight)
+        choice = self.choose()
+        found = self._measure(choice.names, choice.weight)
         sample, exact = self.sample, self.null.measure(self.anchors, 0, 0)
         rest = np.exp(found.log_kl)
         kl = rest + exact.kl
@@ -154,62 +150,13 @@ class Judge:
         at_anchors = Estimate(kl, reverse * kl, blank, blank, blank, i_min, family, reasons == "", reasons)
         return self.net.everywhere(at_anchors, error, quantile, sample.dim, sample.second_moment)
 
+    def choose(self) -> Choice:
+        """Which candidates explain the held-out rows at every anchor."""
+        return choose(self.pool, self.tests, self.settings)
+
     def together(self, calls: Calls[T]) -> list[T]:
         """The results of independent calls, so many at a time as the settings allow."""
         return together(calls, self.settings.threads)
-
-    # -- choice ------------------------------------------------------------------------------------------------------
-
-    def choose(self) -> tuple[list[Candidate], Array]:
-        """Candidates and their weights (candidates, m): 1 for the best of an anchor, small for the implausible.
-
-        Afterwards ``plausibility`` holds the likelihood of each at each level by itself, relative to the best.
-        """
-        kinds: dict[tuple[str, float], list[Candidate]] = {}
-        for candidate in self.pool:
-            kinds.setdefault((candidate.family, candidate.strength), []).append(candidate)
-        found: dict[Candidate, Array] = {}
-        # The poorest of every kind, then the next ones, but no richer ones of a kind that only gets worse.
-        for place in range(max(len(kind) for kind in kinds.values())):
-            now = [kind[place] for kind in kinds.values() if place < len(kind) and not _worsens(kind[:place], found)]
-            folds = range(len(self.tests.folds))
-            parts = iter(self.together([partial(self.tests.likelihood, c, fold) for c in now for fold in folds]))
-            found |= {c: np.concatenate([next(parts) for _ in folds], 1) for c in now}
-            self.settings.progress(sum(len(kind[: place + 1]) for kind in kinds.values()), 2 * len(self.pool))
-        names = [candidate for candidate in self.pool if candidate in found]
-        total = np.stack([found[c].sum(1) for c in names])
-        # A rival counts by the likelihood ratio on all held-out rows, tempered since the rows have other uses.
-        weight = np.exp(0.5 * (total - total.max(0)))
-        size = np.array([c.parameters(self.sample.rank) for c in names])
-        best = _simplest_cover(weight > PLAUSIBLE, size)
-        self.plausibility = weight
-        weight = self._refuted_at_less_noise(weight, best)
-        # Richer fits that are no better are noise more often than news; simpler ones are not.
-        richer = size[:, None] > size[best]
-        weight = np.where(richer, np.minimum(weight, RICHER_WEIGHT), np.minimum(weight, 1.0 - 1e-9))
-        weight = np.maximum(weight, self._chosen_at_less_noise(best, len(names)))
-        weight[best, np.arange(len(best))] = 1.0
-        return names, weight
-
-    def _refuted_at_less_noise(self, weight: Array, best: Rows) -> Array:
-        """Weights without those rivals of an anchor's choice that less noise, where that choice holds, refutes.
-
-        There is one law behind all levels. Refuted is what is out of the question, not what is a little less likely.
-        """
-        order = np.argsort(self.anchors.tau)
-        kept = weight.copy()
-        for j, i in enumerate(best):
-            cleaner = order[: int(np.flatnonzero(order == j)[0]) + 1]
-            least = weight[:, cleaner[weight[i, cleaner] > PLAUSIBLE]].min(1)
-            kept[least < REFUTED, j] = 0.0
-        return kept
-
-    def _chosen_at_less_noise(self, best: Rows, candidates: int) -> Array:
-        """Weights (candidates, m) of what less noise made the choice: that law is behind this level too."""
-        weight = np.zeros((candidates, len(best)))
-        for i, tau in zip(best, self.anchors.tau, strict=True):
-            weight[i, self.anchors.tau > tau] = RICHER_WEIGHT
-        return weight
 
     # -- measurement -------------------------------------------------------------------------------------------------
 
@@ -437,23 +384,3 @@ class Judge:
         name, reason = np.full(m, "gaussian", dtype=object), np.full(m, "", dtype=object)
         zero = np.zeros(m)
         return Estimate(found.kl, found.kl_reverse, zero, found.kl, found.kl, zero, name, np.ones(m, bool), reason)
-
-
-def _worsens(kind: list[Candidate], found: dict[Candidate, Array]) -> bool:
-    """Whether held-out likelihood at the first anchor fell twice with the last three, or had done so before them."""
-    if len(kind) < 3 or kind[-1] not in found:
-        return len(kind) >= 3
-    first, second, third = (found[candidate][0].mean() for candidate in kind[-3:])
-    return bool(third < second < first)
-
-
-def _simplest_cover(plausible: npt.NDArray[np.bool_], size: npt.NDArray[np.int64]) -> Rows:
-    """A plausible candidate for every anchor, from as few candidates as a greedy choice needs; simpler ones first."""
-    chosen: list[int] = []
-    open_ = np.ones(plausible.shape[1], dtype=bool)
-    while open_.any():
-        gain = (plausible & open_).sum(1)
-        chosen.append(min(np.flatnonzero(gain == gain.max()).tolist(), key=lambda i: int(size[i])))
-        open_ &= ~plausible[chosen[-1]]
-    chosen.sort(key=lambda i: size[i])
-    return np.array([next(i for i in chosen if plausible[i, j]) for j in range(plausible.shape[1])])
