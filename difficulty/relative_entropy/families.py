@@ -170,11 +170,27 @@ def _gaussian(rows: Array, counts: Array) -> GaussianBlock:
 
 
 def fit_axes(
-    x: Array, counts: Array, components: int, floor: float, iterations: int = 200, *, plain: bool = True
+    x: Array, counts: Array, components: int, floor: float, *, plain: bool = True
 ) -> tuple[Array, Array, Array]:
-    """One-dimensional mixtures along every column at once: weights, means, variances, each (d, K).
+    """One-dimensional mixtures along every column: weights, means, variances, each (d, K).
 
     With ``plain`` a column that looks Gaussian has one component, and weight 0 on the others.
+    """
+    gaussian = look_gaussian((x - x.mean(0)) / x.std(0)) & plain
+    weights, means, variances = np.empty((3, x.shape[1], components))
+    others = _fit_columns(x[:, ~gaussian], counts, components, floor)
+    weights[~gaussian], means[~gaussian], variances[~gaussian] = others
+    weights[gaussian] = np.eye(components)[0]
+    centre = counts @ x[:, gaussian] / counts.sum()
+    means[gaussian] = centre[:, None]
+    variances[gaussian] = (counts @ (x[:, gaussian] - centre) ** 2 / counts.sum() + floor)[:, None]
+    return weights, means, variances
+
+
+def _fit_columns(
+    x: Array, counts: Array, components: int, floor: float, iterations: int = 200
+) -> tuple[Array, Array, Array]:
+    """Mixtures of K components along every column at once.
 
     The sorted column is cut into at most 256 bins of equal mass, each kept with its mean and variance, which leaves the
     likelihood of a component wider than a bin unchanged.
@@ -201,11 +217,6 @@ def fit_axes(
         log_joint = np.log(weights)[..., None] - 0.5 * (z / variances[..., None] + np.log(variances)[..., None])
         r = np.exp(log_joint - log_joint.max(1, keepdims=True))
         r /= r.sum(1, keepdims=True)
-    gaussian = look_gaussian((x - x.mean(0)) / x.std(0)) & plain
-    weights[gaussian] = np.eye(components)[0]
-    centre = counts @ x[:, gaussian] / counts.sum()
-    means[gaussian] = centre[:, None]
-    variances[gaussian] = (counts @ (x[:, gaussian] - centre) ** 2 / counts.sum() + floor)[:, None]
     return weights, means, variances
 
 

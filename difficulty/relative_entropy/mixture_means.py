@@ -53,6 +53,11 @@ class Draws:
     component: Tensor | None = None
     weight: Tensor | None = None
 
+    @property
+    def own(self) -> Tensor | None:
+        """Components whose moments hold over the points drawn from them: weights would spoil these."""
+        return self.component if self.weight is None else None
+
 
 class _Forms(NamedTuple):
     """f quadratic forms: h and b of shape (f, ..., D), c of shape (f, ...)."""
@@ -83,8 +88,8 @@ def mixture_kl(
         kernel, whole = MixtureKernel(law, x0, eps), MixtureKernel(gaussians.whole, x0, eps)
         for part, step in zip(parts, steps, strict=True):
             ratios = [kernel.log_ratio(*step), whole.log_ratio(*step)]
-            if draws.weight is None and draws.component is not None:
-                ratios.append(kernel.log_ratio_of(draws.component[rows], *step))
+            if draws.own is not None:
+                ratios.append(kernel.log_ratio_of(draws.own[rows], *step))
             part.append(torch.stack(ratios))
         progress(rows.stop, n)
     out = []
@@ -105,8 +110,8 @@ def mixture_rates(law: GaussianMixture, tau: Array, draws: Draws) -> tuple[Array
         x0, eps = draws.x0[rows], draws.eps[rows]
         kernel = MixtureKernel(law, x0, eps)
         scores = [kernel.time_score(tau), MixtureKernel(gaussians.whole, x0, eps).time_score(tau)]
-        if draws.weight is None and draws.component is not None:
-            scores.append(kernel.time_score_of(draws.component[rows], tau))
+        if draws.own is not None:
+            scores.append(kernel.time_score_of(draws.own[rows], tau))
         parts.append(torch.stack([torch.stack(score) for score in scores]))
     (flow, dilation), *others = torch.cat(parts, 3)
     weight = torch.ones(n, dtype=torch.float64) if draws.weight is None else draws.weight

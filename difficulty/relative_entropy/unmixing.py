@@ -47,8 +47,8 @@ def contrast_of_axes(rows: Array, counts: Array, seed: int) -> str | None:
         mixing, sources = _unmix(rows, counts, seed, contrast)
         with np.errstate(divide="ignore", invalid="ignore"):  # values that repeat have an entropy of -inf
             entropy = differential_entropy(sources).sum()
-        peaked = contrast != LOCAL and np.abs((sources**4).mean(0) - 3).max() > 3 * np.sqrt(24 / n)
-        stands_out = _bump(sources) > _surely(d) or peaked
+        _, kurtosis, bump = np.abs(_figures(sources)).max(1)
+        stands_out = bump > _surely(d) or (contrast != LOCAL and kurtosis > 3)
         found[contrast] = entropy, stands_out and _are_independent(mixing, sources)
     usual, good = found[LOGCOSH]
     for contrast, least in ((LOCAL, LESS_ENTROPY), (SKEWED, LESS_ENTROPY_SKEWED)):
@@ -85,24 +85,22 @@ def _are_independent(mixing: Array, sources: Array) -> bool:
 
 def look_gaussian(sources: Array) -> npt.NDArray[np.bool_]:
     """Which components (n, d) of unit variance have the skewness, kurtosis and bump of a Gaussian up to error, (d,)."""
-    n, d = sources.shape
-    figures = np.stack([
+    return np.asarray((np.abs(_figures(sources)) < _surely(sources.shape[1])).all(0))
+
+
+def _figures(sources: Array) -> Array:
+    """How far skewness, kurtosis and the mean bump are from a Gaussian's, in its standard errors, (3, d)."""
+    n = len(sources)
+    return np.stack([
         (sources**3).mean(0) / np.sqrt(6 / n),
         ((sources**4).mean(0) - 3) / np.sqrt(24 / n),
         (np.exp(-(sources**2) / (2 * BUMP**2)).mean(0) - BUMP_MEAN) / BUMP_SD * np.sqrt(n),
     ])  # fmt: skip
-    return np.asarray((np.abs(figures) < _surely(d)).all(0))
 
 
 def _surely(d: int) -> float:
     """Standard errors beyond which a component stands out: turned to do so it does by about sqrt(d) among Gaussians."""
     return math.sqrt(d) + 3
-
-
-def _bump(sources: Array) -> float:
-    """How far the mean bump of the component that has the least Gaussian one is from a Gaussian's, in its error."""
-    mean = np.exp(-(sources**2) / (2 * BUMP**2)).mean(0)
-    return float(np.abs(mean - BUMP_MEAN).max() / BUMP_SD * np.sqrt(len(sources)))
 
 
 def independent_axes(rows: Array, counts: Array, seed: int, contrast: str) -> Array:
@@ -153,14 +151,17 @@ def _unmix(rows: Array, counts: Array, seed: int, contrast: str) -> tuple[Array,
     fit = FastICA(whiten=False, max_iter=100, tol=1e-3, random_state=seed, **options)
     sources = fit.fit_transform(white)
     mixing = (axes * scale) @ fit.components_.T
-    if contrast == LOCAL:
-        return mixing, sources / np.sqrt((sources**2).mean(0))
-    gaussian = np.flatnonzero(look_gaussian(sources / np.sqrt((sources**2).mean(0))))
-    # Any axes of these are independent ones; those of their own covariance are orthogonal too. (Narrow modes, which the
-    # bump sees, are seen too faintly along each axis to be told from a Gaussian.)
-    left, length, right = np.linalg.svd(mixing[:, gaussian], full_matrices=False)
-    mixing[:, gaussian], sources[:, gaussian] = left * length, sources[:, gaussian] @ right.T
-    return mixing, sources / np.sqrt((sources**2).mean(0))
+    # Narrow modes, which the bump sees, are seen too faintly along each axis to be told from a Gaussian.
+    if contrast != LOCAL:
+        gaussian = look_gaussian(_unit(sources))
+        # Any axes of these are independent ones; those of their own covariance are orthogonal too.
+        left, length, right = np.linalg.svd(mixing[:, gaussian], full_matrices=False)
+        mixing[:, gaussian], sources[:, gaussian] = left * length, sources[:, gaussian] @ right.T
+    return mixing, _unit(sources)
+
+
+def _unit(sources: Array) -> Array:
+    return sources / np.sqrt((sources**2).mean(0))
 
 
 def _bump_slope(u: Array) -> tuple[Array, Array]:
