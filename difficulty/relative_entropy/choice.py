@@ -2,7 +2,8 @@
 
 What noise hides does not count: at each level the rows are judged under its noise. Of the plausible candidates the
 simplest is taken, and as few different ones as serve all levels. The others keep a weight, by which they doubt it.
-Since one law is behind all levels, what less noise refutes is no rival, and what less noise chooses is one.
+Since one law is behind all levels, what less noise refutes is no rival, and what less noise chooses is one, unless the
+rows under more noise refute it in turn.
 """
 
 __all__ = ["PLAUSIBLE", "Choice", "choose"]
@@ -24,7 +25,7 @@ Rows = npt.NDArray[np.int64]
 # Of candidates with at least this weight relative to the most likely one, the simplest is taken.
 PLAUSIBLE = 0.3
 RICHER_WEIGHT = 0.25
-# A candidate that less noise gives less weight than this cannot be the law.
+# A candidate to which a level gives less weight than this cannot be the law.
 REFUTED = 1e-3
 
 
@@ -68,7 +69,7 @@ def choose(pool: list[Candidate], tests: HeldoutTests, settings: Settings) -> Ch
     # Richer fits that are no better are noise more often than news; simpler ones are not.
     richer = size[:, None] > size[best]
     weight = np.where(richer, np.minimum(weight, RICHER_WEIGHT), np.minimum(weight, 1.0 - 1e-9))
-    weight = np.maximum(weight, _chosen_at_less_noise(best, tau, len(names)))
+    weight = np.maximum(weight, _chosen_at_less_noise(plausibility, best, tau))
     weight[best, np.arange(len(best))] = 1.0
     return Choice(names, weight, plausibility)
 
@@ -87,11 +88,11 @@ def _refuted_at_less_noise(weight: Array, best: Rows, tau: Array) -> Array:
     return kept
 
 
-def _chosen_at_less_noise(best: Rows, tau: Array, candidates: int) -> Array:
-    """Weights (candidates, m) of what less noise made the choice."""
-    weight = np.zeros((candidates, len(best)))
+def _chosen_at_less_noise(plausibility: Array, best: Rows, tau: Array) -> Array:
+    """Weights (candidates, m) of what less noise made the choice, where the rows under more do not refute it."""
+    weight = np.zeros_like(plausibility)
     for i, level in zip(best, tau, strict=True):
-        weight[i, tau > level] = RICHER_WEIGHT
+        weight[i, (tau > level) & (plausibility[i] >= REFUTED)] = RICHER_WEIGHT
     return weight
 
 
