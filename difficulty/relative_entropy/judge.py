@@ -137,10 +137,9 @@ class Judge:
         # Few refits know their own spread only roughly: Student's quantile, but the influence of n rows is well known,
         # and the error of a Gaussian is hardly more than that.
         gaussian = family == "gaussian"
-        by_influence = gaussian_log_error(sample, self.anchors, found.log_kl)
-        stated = np.where(gaussian, found.error, np.maximum(CALIBRATED * found.error, by_influence))
+        stated = np.where(gaussian, found.error, np.maximum(CALIBRATED * found.error, found.influence))
         error = np.hypot(rest / kl * stated, LEAST_ERROR)
-        by_rows = gaussian | (by_influence > CALIBRATED * found.error)
+        by_rows = gaussian | (found.influence > CALIBRATED * found.error)
         quantile = np.where(by_rows, Z90, stats.t.ppf(0.95, len(self.halves)))
         low, high, narrow = bracket(exact.kl, found.tested, upper)
         # Directions that are empty for want of samples are not known to contribute what they seem to.
@@ -185,40 +184,57 @@ class Judge:
                 tested[i] = tested[i].beyond(of_right_fits[i].scaled(long_step[i]), log_of(fitted[1].kl))
             half = len(self.pool)
             self.settings.progress(half + round(half * (done + 1) / len(jobs)), 2 * half)
-        self.replicated, self.names, self.best, self.weight = replicated, names, best, weight
-        columns = np.arange(len(self.tau))
+        self.replicated, self.names, self.best = replicated, names, best
+        return self._findings(weight, tested, long_step)
+
+    def _findings(self, weight: Array, tested: dict[int, Tested], long_step: dict[int, Array]) -> Findings:
+        """What the fits of the chosen candidates and of their rivals say together."""
+        fits = self.replicated
 
         def pick(values: dict[int, Array]) -> Array:
-            return np.stack([values[i][j] for i, j in zip(best, columns, strict=True)])
+            return np.stack([values[i][j] for j, i in enumerate(self.best)])
 
-        log_kl = pick({i: replicated[i].corrected for i in winners})
-        spread = pick({i: replicated[i].spread for i in winners})
-        spread = np.maximum(spread, gaussian_log_error(self.sample, self.anchors, log_kl))
-        unresolved = pick({i: replicated[i].unresolved for i in winners})
-        bias_doubt = pick({i: replicated[i].bias_doubt for i in winners})
-        monte_carlo = pick({i: replicated[i].monte_carlo / replicated[i].kl for i in winners})
-        reverse = pick({i: replicated[i].kl_reverse / replicated[i].kl for i in winners})
-        doubt, total = np.zeros(len(best)), np.ones(len(best))
-        for i, other in replicated.items():
-            w = np.where(best == i, 0.0, weight[i])
-            doubt += w * (other.corrected - log_kl) ** 2
-            total += w
-        doubt = np.sqrt(doubt / total)
-        capacity, far = self._capacity(names, best, replicated), self._far_rows(names, best, replicated)
-        doubt = np.sqrt(doubt**2 + capacity**2 + far**2)
+        log_kl = pick({i: fit.corrected for i, fit in fits.items()})
+        plain = pick({i: log_of(fit.kl) for i, fit in fits.items()})
+        influence = gaussian_log_error(self.sample, self.anchors, plain) * np.exp((plain - log_kl).clip(0.0, 1.0))
+        spread = np.maximum(pick({i: fit.spread for i, fit in fits.items()}), influence)
+        monte_carlo = pick({i: fit.monte_carlo / fit.kl for i, fit in fits.items()})
+        bias_doubt = pick({i: fit.bias_doubt for i, fit in fits.items()})
+        doubt = np.sqrt(self._rivals(weight, log_kl) + self._capacity() ** 2 + self._far_rows() ** 2)
         test = Tested(
-            pick({i: tested[i].second_moment for i in winners}),
-            self._highest_bound(tested, weight),
-            pick({i: tested[i].cross for i in winners}),
+            pick({i: t.second_moment for i, t in tested.items()}),
+            self._highest_bound(tested),
+            pick({i: t.cross for i, t in tested.items()}),
         )
+        # A certified bound above the estimate says how much too low that is, at the least: the square without its bias.
+        excess, excess_error = (test.bound[:, 0] - log_kl).clip(min=0.0), test.bound[:, 1]
+        too_low = (excess**2 - excess_error**2).clip(min=0.0)
         lacks = self._lacking() * np.exp(pick(long_step))[:, None]
         # A refuted fit is off by what its cumulants lack, and by what a narrower spread of the time score adds to first
         # order.
         narrow = np.where(lacks[:, 0] > 0, (-test.second_moment[:, 0]).clip(min=0.0), 0.0)
         refuted = lacks[:, 0].clip(min=0.0) / np.exp(log_kl) + narrow
-        error = np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2)
-        chosen = [names[i] for i in best]
-        return Findings(log_kl, reverse, error, unresolved, spread, doubt, test, lacks, chosen)
+        return Findings(
+            log_kl=log_kl,
+            reverse=pick({i: fit.kl_reverse / fit.kl for i, fit in fits.items()}),
+            error=np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2 + too_low),
+            influence=influence,
+            bias=pick({i: fit.unresolved for i, fit in fits.items()}),
+            spread=spread,
+            rivals=doubt,
+            tested=test,
+            lacking=lacks,
+            family=[self.names[i] for i in self.best],
+        )
+
+    def _rivals(self, weight: Array, log_kl: Array) -> Array:
+        """Weighted mean square of what the candidates differ from the chosen one in log KL, (m,)."""
+        doubt, total = np.zeros(len(self.best)), np.ones(len(self.best))
+        for i, other in self.replicated.items():
+            w = np.where(self.best == i, 0.0, weight[i])
+            doubt += w * (other.corrected - log_kl) ** 2
+            total += w
+        return doubt / total
 
     def _overfits(self, candidate: Candidate) -> bool:
         """Whether held-out rows show how loosely so few rows determine its covariances."""
@@ -256,46 +272,48 @@ class Judge:
             )
         return found
 
-    def _highest_bound(self, tested: dict[int, Tested], weight: Array) -> Array:
+    def _highest_bound(self, tested: dict[int, Tested]) -> Array:
         """The best lower bound of all candidates that were tested, by its lower end, (m, 2)."""
         bounds = np.stack([t.bound for t in tested.values()])
         lower = bounds[..., 0] - 1.64 * np.where(bounds[..., 1] < 1, bounds[..., 1], np.inf)
         return bounds[lower.argmax(0), np.arange(lower.shape[1])]
 
-    def _capacity(self, names: list[Candidate], best: Rows, replicated: dict[int, Replicated]) -> Array:
+    def _capacity(self) -> Array:
         """Change of log KL to the next richer fit, which an edge, a tail or a curve makes differ, (m,).
 
         Where the richest of a family is the best, from the next poorer one; also where a one-dimensional law takes so
         many components that it is no mixture but a curve drawn with them.
         """
-        change = np.zeros(len(best))
-        for i in set(best.tolist()):
-            top = names[i]
+        change = np.zeros(len(self.best))
+        for i in set(self.best.tolist()):
+            top = self.names[i]
             kind = [c for c in self.pool if (c.family, c.strength) == (top.family, top.strength)]
             position = kind.index(top)
             smooth = top.family == "product" and top.components >= MANY_COMPONENTS
             others = [kind[position - 1]] if position > 0 and (top == kind[-1] or smooth) else []
             others += kind[position + 1 : position + 2]
-            rows = np.flatnonzero(best == i)
+            rows = np.flatnonzero(self.best == i)
             for kl in self.together([partial(self._whole, other, rows) for other in others]):
-                difference = np.abs(log_of(kl) - log_of(replicated[i].kl[rows]))
+                difference = np.abs(log_of(kl) - log_of(self.replicated[i].kl[rows]))
                 change[rows] = np.maximum(change[rows], difference)
         return change
 
-    def _far_rows(self, names: list[Candidate], best: Rows, replicated: dict[int, Replicated]) -> Array:
+    def _far_rows(self) -> Array:
         """Change of log KL without the rows farthest out, if these dominate the fourth moments, (m,)."""
-        change = np.zeros(len(best))
+        change = np.zeros(len(self.best))
         x = self.sample.rows / np.sqrt(self.sample.eigenvalues)
         few = max(2, round(FAR_SHARE * len(x)))
         if self.sample.discrete or float(tail_shares(self.sample).max()) < FAR_DOMINATE:
             return change
         far = np.argsort((x**2).sum(1))[len(x) - few :]
         kept = np.setdiff1d(np.arange(len(x)), far)
-        light = [i for i in set(best.tolist()) if not names[i].heavy_tailed]
-        where = [np.flatnonzero(best == i) for i in light]
-        without = self.together([partial(self._whole, names[i], w, kept) for i, w in zip(light, where, strict=True)])
+        light = [i for i in set(self.best.tolist()) if not self.names[i].heavy_tailed]
+        where = [np.flatnonzero(self.best == i) for i in light]
+        without = self.together(
+            [partial(self._whole, self.names[i], w, kept) for i, w in zip(light, where, strict=True)]
+        )
         for i, rows, kl in zip(light, where, without, strict=True):
-            change[rows] = np.abs(log_of(kl) - log_of(replicated[i].kl[rows]))
+            change[rows] = np.abs(log_of(kl) - log_of(self.replicated[i].kl[rows]))
         return change
 
     def _whole(self, candidate: Candidate, where: Rows, rows: Rows | None = None) -> Array:

@@ -95,7 +95,7 @@ def gaussian_log_error(sample: Sample, pairs: Pairs, log_kl: Array) -> Array:
     Args:
         sample: the data.
         pairs: where.
-        log_kl: the estimate.
+        log_kl: the estimate, bias and all.
     """
     lam, mean = sample.eigenvalues, sample.mean
     a1, s1, a2, s2 = (column[:, None] for column in (*pairs.first.T, *pairs.second.T))

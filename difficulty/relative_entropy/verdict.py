@@ -97,6 +97,7 @@ class Findings:
         log_kl: of the part that is estimated.
         reverse: KL(p_t || p_from) over KL(p_from || p_t).
         error: standard error of log_kl, all sources together.
+        influence: sampling error by the influence of the rows where the law looks Gaussian, else 0.
         bias: what refits leave in doubt of it (``Replicated.unresolved``).
         spread: sampling error.
         rivals: disagreement of fits that the data hardly tell apart.
@@ -108,6 +109,7 @@ class Findings:
     log_kl: Array
     reverse: Array
     error: Array
+    influence: Array
     bias: Array
     spread: Array
     rivals: Array

@@ -28,7 +28,7 @@ def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), **contradicted) 
     zero, small = np.zeros(3), np.full(3, 0.01)
     tested = heldout_tests.Tested(**{name: np.stack([value, small], 1) for name, value in figures.items()})
     lacks = np.exp(log_kl)[:, None] * np.stack([np.asarray(lacking), small], 1)
-    found = Findings(log_kl, zero, small, zero, small, zero, tested, lacks, families)
+    found = Findings(log_kl, zero, small, zero, zero, small, zero, tested, lacks, families)
     pairs = make_pairs(get_process("vp-linear"), LEVELS)
     return objections(sample, pairs, found, np.ones(3), np.exp(log_kl)).tolist()
 
