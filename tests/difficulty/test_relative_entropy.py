@@ -1,5 +1,7 @@
 """Relative entropy: the exact cases, the formulas against each other, and the estimators against the truth."""
 
+from dataclasses import replace
+
 import mpmath
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from scipy.stats import multivariate_t, ortho_group, spearmanr
 
 from difficulty.datasets import Dataset, split_samples
 from difficulty.errors import InputError
+from difficulty.intervals import Z90
 from difficulty.laws import GaussianMixture, Ring, gaussian, point_mass
 from difficulty.process import PROCESSES, get_process
-from difficulty.relative_entropy import COLUMNS, ESTIMATORS, kl
+from difficulty.relative_entropy import COLUMNS, ESTIMATORS, heldout_tests, kl
 from difficulty.relative_entropy.estimate import Settings
 from difficulty.relative_entropy.exact import kl_of_law, law_draws
 from difficulty.relative_entropy.families import Candidate, fit_axes
@@ -546,6 +549,31 @@ def test_influence_of_the_rows_gives_the_sampling_error_of_a_gaussian():
         found.append(np.log(value))
         errors.append(gaussian_log_error(sample, pairs, np.log(value)))
     np.testing.assert_allclose(np.mean(errors, 0), np.std(found, 0), rtol=0.25)
+
+
+def test_the_sampling_error_of_a_mean_near_zero_refers_to_what_is_left_without_its_bias():
+    data = split_samples("gauss", np.random.default_rng(2).standard_normal((3000, 30)) * 0.7**0.5)
+    pairs, sample = make_pairs(get_process("vp-linear"), [150, 430, 651, 720, 800]), make_sample(data)
+    table = kl(data, "vp-linear", pairs=pairs.t, estimator="gaussian")
+    plain = gaussian_kl(pairs, sample.eigenvalues, sample.mean)
+    error = gaussian_log_error(sample, pairs, np.log(plain)) * plain / table.kl
+    assert plain[-1] > 1.5 * table.kl.iloc[-1]
+    assert (np.log(table.ci_high / table.kl) > 0.99 * Z90 * error).all()
+
+
+def test_a_certified_bound_above_the_estimate_is_an_error_of_it(monkeypatch):
+    data = split_samples("gauss", samples_of(gaussian(3, 0.4, 0.3), 3000))
+    before = kl(data, "vp-linear", pairs=[300], estimator="gaussian")
+    test = heldout_tests.HeldoutTests.test
+
+    def above(self: heldout_tests.HeldoutTests, candidate: Candidate) -> heldout_tests.Tested:
+        found = test(self, candidate)
+        return replace(found, bound=np.stack([found.cross[:, 0] + 0.15, np.full(1, 0.01)], 1))
+
+    monkeypatch.setattr(heldout_tests.HeldoutTests, "test", above)
+    after = kl(data, "vp-linear", pairs=[300], estimator="gaussian")
+    assert after.kl[0] == before.kl[0]
+    assert np.log(after.ci_high / after.kl)[0] > 0.9 * Z90 * 0.1 > np.log(before.ci_high / before.kl)[0]
 
 
 def test_copied_rows_are_single_rows_however_often_each_was_copied():
