@@ -9,9 +9,11 @@ __all__ = ["LEAST_ROWS", "estimate_empirical"]
 
 import numpy as np
 import torch
+from scipy import stats
 
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
+from difficulty.intervals import Z90
 from difficulty.laws import GaussianMixture
 from difficulty.randomness import stream, torch_generator
 from difficulty.relative_entropy.estimate import Array, Estimate, Settings, log_interval
@@ -57,11 +59,13 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
     spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
     # Halves may agree by chance where the noise leaves little but the error of the mean.
     spread = np.maximum(spread, gaussian_log_error(sample, pairs, _log(kl)))
+    spread *= np.exp(bias.clip(0.0, 1.0))  # as large beside what is left without the bias
     null = null_block(sample).measure(pairs, 0, 0)
     raw, kl = kl, kl * np.exp(-bias)
     total = kl + null.kl
     error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + bias**2)
-    low, high = log_interval(total, error)
+    # Few refits know their own spread only roughly.
+    low, high = log_interval(total, error * stats.t.ppf(0.95, SPLITS) / Z90)
     sharp, unsure = effective < LEAST_ROWS, error > LARGEST_ERROR
     reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")
     reason = np.where(np.abs(bias) > LIMITS.bias, "too few samples: half of them give a much different value", reason)
