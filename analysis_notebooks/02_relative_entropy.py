@@ -44,8 +44,8 @@ atlas.pivot(index="law", columns="process", values="rank_kl").loc[order].round(2
 
 # %% [markdown]
 # Data that are known from samples only (estimated) have no valid pair where the noise is too little to tell laws apart:
-# their answers hold for the valid pairs from there on (photo patches under VP have refused ones at more noise),
-# and a peak at lower t would not be seen. The first valid pair, as a share of T:
+# their answers hold for the valid pairs from there on (photo patches under the cosine schedule have refused ones at
+# more noise too), and a peak at lower t would not be seen. The first valid pair, as a share of T:
 
 # %%
 atlas.pivot(index="law", columns="process", values="valid_from_t_over_T").loc[order].round(3)

@@ -38,7 +38,7 @@ PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
     *(("auto", process, SOME, (64, 65)) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
     # The pairs of a data set share its error, so that a coverage needs many of them.
     *((name, "vp-linear", SOME, tuple(range(64, 72))) for name in ("gaussian", "mixture")),
-    ("empirical", "vp-linear", SOME, (56, 57, 58)),
+    ("empirical", "vp-linear", SOME, (59, 60)),
     ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (56, 57)),
     ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (65,)),
 ]

@@ -160,11 +160,10 @@ def test_the_accuracy_in_words_is_that_of_the_tables():
     text = " ".join((folder / "README.md").read_text().split())
     table = pd.read_csv(folder / "accuracy.csv")
     pairs = pd.read_csv(folder / "pairs.csv", keep_default_na=False).query("valid")
-    wrong = pairs[(pairs["kl"] / pairs["truth"] - 1).abs() > 0.3]
-    assert f"Of {len(pairs)} pairs marked valid {len(wrong)} are off by more than 30 %" in text
-    assert wrong["estimator"].tolist() == ["gaussian", "mixture"]
-    assert set(wrong["law"]) == {"uniform-3"}
-    assert "of `uniform-3` at high noise, by `gaussian` and by `mixture` alike, 34 %; none of `auto`" in text
+    worst = (pairs["kl"] / pairs["truth"] - 1).abs().groupby(pairs["estimator"]).max()
+    assert f"Of {len(pairs)} pairs marked valid none is off by more than {100 * worst.max():.0f} %" in text
+    assert worst.max() < 0.3
+    assert f"of `auto` by more than {100 * worst['auto']:.0f} %" in text
     whole = table[table["law"] == "(all)"].set_index("estimator")["coverage"]
     auto = 100 * whole["auto"]
     assert f"`auto` holds the truth in {auto.min():.0f} to {auto.max():.0f} % of the cases, by process" in text
