@@ -48,7 +48,7 @@ def choose(pool: list[Candidate], tests: HeldoutTests, settings: Settings) -> Ch
     """Fit the candidates and weigh them at the levels of the tests; progress counts as the first half."""
     kinds: dict[tuple[str, float], list[Candidate]] = {}
     for candidate in pool:
-        kinds.setdefault((candidate.family, candidate.strength), []).append(candidate)
+        kinds.setdefault(candidate.kind, []).append(candidate)
     found: dict[Candidate, Array] = {}
     # The poorest of every kind, then the next ones, but no richer ones of a kind that only gets worse.
     for place in range(max(len(kind) for kind in kinds.values())):

@@ -13,7 +13,6 @@ from scipy import stats
 
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
-from difficulty.intervals import Z90
 from difficulty.laws import GaussianMixture
 from difficulty.randomness import stream, torch_generator
 from difficulty.relative_entropy.estimate import Array, Estimate, Settings, log_interval
@@ -21,7 +20,7 @@ from difficulty.relative_entropy.fits import null_block
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio
 from difficulty.relative_entropy.pairs import Pairs
-from difficulty.relative_entropy.refits import gaussian_log_error
+from difficulty.relative_entropy.refits import beside_rest, gaussian_log_error
 from difficulty.relative_entropy.sample import make_sample
 from difficulty.relative_entropy.verdict import LIMITS
 
@@ -58,14 +57,13 @@ def estimate_empirical(dataset: Dataset, pairs: Pairs, settings: Settings) -> Es
     bias = halves.mean((0, 1)) - _log(kl)
     spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
     # Halves may agree by chance where the noise leaves little but the error of the mean.
-    spread = np.maximum(spread, gaussian_log_error(sample, pairs, _log(kl)))
-    spread *= np.exp(bias.clip(0.0, 1.0))  # as large beside what is left without the bias
+    spread = beside_rest(np.maximum(spread, gaussian_log_error(sample, pairs, _log(kl))), bias)
     null = null_block(sample).measure(pairs, 0, 0)
     raw, kl = kl, kl * np.exp(-bias)
     total = kl + null.kl
     error = kl / total * np.sqrt((se / np.maximum(raw, 1e-300)) ** 2 + spread**2 + bias**2)
     # Few refits know their own spread only roughly.
-    low, high = log_interval(total, error * stats.t.ppf(0.95, SPLITS) / Z90)
+    low, high = log_interval(total, error, float(stats.t.ppf(0.95, SPLITS)))
     sharp, unsure = effective < LEAST_ROWS, error > LARGEST_ERROR
     reason = np.where(unsure, "too few samples: refits to halves of them disagree", "")
     reason = np.where(np.abs(bias) > LIMITS.bias, "too few samples: half of them give a much different value", reason)

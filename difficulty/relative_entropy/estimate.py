@@ -63,7 +63,7 @@ class Estimate:
     reason: npt.NDArray[np.object_]
 
 
-def log_interval(kl: Array, log_error: Array) -> tuple[Array, Array]:
-    """90 % interval of a positive quantity whose logarithm has the given standard error."""
-    factor = np.exp(Z90 * np.minimum(log_error, 200.0))
+def log_interval(kl: Array, log_error: Array, quantile: float = Z90) -> tuple[Array, Array]:
+    """90 % interval of a positive quantity whose logarithm has the given standard error, times ``quantile``."""
+    factor = np.exp(quantile * np.minimum(log_error, 200.0))
     return kl / factor, kl * factor

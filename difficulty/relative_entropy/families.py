@@ -49,6 +49,11 @@ class Candidate:
     strength: float = 0.0
 
     @property
+    def kind(self) -> tuple[str, float]:
+        """What candidates share that differ in the number of components only."""
+        return self.family, self.strength
+
+    @property
     def one_covariance(self) -> bool:
         """Whether all that is fitted beside a few means is one covariance."""
         return self.family == "gaussian" or (self.family == "mixture" and np.isinf(self.strength))

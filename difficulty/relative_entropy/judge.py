@@ -40,7 +40,7 @@ from difficulty.relative_entropy.fits import Fit, Measured, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.rates import add_rates
-from difficulty.relative_entropy.refits import Replicated, gaussian_log_error, log_of
+from difficulty.relative_entropy.refits import Replicated, beside_rest, gaussian_log_error, log_of
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import LARGEST_STEP
 from difficulty.relative_entropy.unmixing import contrast_of_axes
@@ -195,12 +195,12 @@ class Judge:
             return np.stack([values[i][j] for j, i in enumerate(self.best)])
 
         log_kl = pick({i: fit.corrected for i, fit in fits.items()})
-        plain = pick({i: log_of(fit.kl) for i, fit in fits.items()})
-        influence = gaussian_log_error(self.sample, self.anchors, plain) * np.exp((plain - log_kl).clip(0.0, 1.0))
+        bias = pick({i: fit.bias for i, fit in fits.items()})
+        influence = beside_rest(gaussian_log_error(self.sample, self.anchors, log_kl + bias), bias)
         spread = np.maximum(pick({i: fit.spread for i, fit in fits.items()}), influence)
         monte_carlo = pick({i: fit.monte_carlo / fit.kl for i, fit in fits.items()})
         bias_doubt = pick({i: fit.bias_doubt for i, fit in fits.items()})
-        doubt = np.sqrt(self._rivals(weight, log_kl) + self._capacity() ** 2 + self._far_rows() ** 2)
+        doubt = np.sqrt(self._rivals(weight, log_kl) ** 2 + self._capacity() ** 2 + self._far_rows() ** 2)
         test = Tested(
             pick({i: t.second_moment for i, t in tested.items()}),
             self._highest_bound(tested),
@@ -208,7 +208,7 @@ class Judge:
         )
         # A certified bound above the estimate says how much too low that is, at the least: the square without its bias.
         excess, excess_error = (test.bound[:, 0] - log_kl).clip(min=0.0), test.bound[:, 1]
-        too_low = (excess**2 - excess_error**2).clip(min=0.0)
+        too_low = np.sqrt((excess**2 - excess_error**2).clip(min=0.0))
         lacks = self._lacking() * np.exp(pick(long_step))[:, None]
         # A refuted fit is off by what its cumulants lack, and by what a narrower spread of the time score adds to first
         # order.
@@ -217,7 +217,7 @@ class Judge:
         return Findings(
             log_kl=log_kl,
             reverse=pick({i: fit.kl_reverse / fit.kl for i, fit in fits.items()}),
-            error=np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2 + too_low),
+            error=np.sqrt(spread**2 + monte_carlo**2 + doubt**2 + bias_doubt**2 + refuted**2 + too_low**2),
             influence=influence,
             bias=pick({i: fit.unresolved for i, fit in fits.items()}),
             spread=spread,
@@ -228,13 +228,13 @@ class Judge:
         )
 
     def _rivals(self, weight: Array, log_kl: Array) -> Array:
-        """Weighted mean square of what the candidates differ from the chosen one in log KL, (m,)."""
+        """Weighted root mean square of what the candidates differ from the chosen one in log KL, (m,)."""
         doubt, total = np.zeros(len(self.best)), np.ones(len(self.best))
         for i, other in self.replicated.items():
             w = np.where(self.best == i, 0.0, weight[i])
             doubt += w * (other.corrected - log_kl) ** 2
             total += w
-        return doubt / total
+        return np.sqrt(doubt / total)
 
     def _overfits(self, candidate: Candidate) -> bool:
         """Whether held-out rows show how loosely so few rows determine its covariances."""
@@ -285,15 +285,18 @@ class Judge:
         many components that it is no mixture but a curve drawn with them.
         """
         change = np.zeros(len(self.best))
+        measured = {self.names[i]: fitted.kl for i, fitted in self.replicated.items()}
         for i in set(self.best.tolist()):
             top = self.names[i]
-            kind = [c for c in self.pool if (c.family, c.strength) == (top.family, top.strength)]
+            kind = [c for c in self.pool if c.kind == top.kind]
             position = kind.index(top)
             smooth = top.family == "product" and top.components >= MANY_COMPONENTS
             others = [kind[position - 1]] if position > 0 and (top == kind[-1] or smooth) else []
             others += kind[position + 1 : position + 2]
             rows = np.flatnonzero(self.best == i)
-            for kl in self.together([partial(self._whole, other, rows) for other in others]):
+            # Rivals are fitted to all rows already.
+            new = self.together([partial(self._whole, other, rows) for other in others if other not in measured])
+            for kl in [*new, *(measured[other][rows] for other in others if other in measured)]:
                 difference = np.abs(log_of(kl) - log_of(self.replicated[i].kl[rows]))
                 change[rows] = np.maximum(change[rows], difference)
         return change

@@ -11,7 +11,7 @@ At high noise every law is Gaussian, and the standard error of F2 follows from i
 It knows the tails of the data, and n rows know it better than a few refits do.
 """
 
-__all__ = ["Replicated", "gaussian_log_error", "log_of"]
+__all__ = ["Replicated", "beside_rest", "gaussian_log_error", "log_of"]
 
 from dataclasses import dataclass
 
@@ -84,9 +84,19 @@ class Replicated:
 
     @property
     def spread(self) -> Array:
-        """Standard error of log KL without its bias, which is smaller than KL_all and varies as much."""
+        """Standard error of log KL without its bias."""
         logs = log_of(self.halves)
-        return np.sqrt(((logs[0::2] - logs[1::2]) ** 2).mean(0) / 4) * np.exp(self.bias.clip(0.0, 1.0))
+        return beside_rest(np.sqrt(((logs[0::2] - logs[1::2]) ** 2).mean(0) / 4), self.bias)
+
+
+def beside_rest(error: Array, bias: Array) -> Array:
+    """Standard error of log KL without its bias, from that of log KL_all: KL is smaller without it and varies as much.
+
+    Args:
+        error: of log KL_all, (m,).
+        bias: of log KL_all, (m,); one that makes it too small takes nothing off.
+    """
+    return error * np.exp(bias.clip(0.0, 1.0))
 
 
 def gaussian_log_error(sample: Sample, pairs: Pairs, log_kl: Array) -> Array:
