@@ -43,9 +43,20 @@ class Choice:
     weight: Array
     plausibility: Array
 
+    def take(self, levels: Rows) -> "Choice":
+        """At some of the levels."""
+        return Choice(self.names, self.weight[:, levels], self.plausibility[:, levels])
 
-def choose(pool: list[Candidate], tests: HeldoutTests, settings: Settings) -> Choice:
-    """Fit the candidates and weigh them at the levels of the tests; progress counts as the first half."""
+
+def choose(pool: list[Candidate], tests: HeldoutTests, tau: Array, settings: Settings) -> Choice:
+    """Fit the candidates and weigh them at m levels of noise; progress counts as the first half.
+
+    Args:
+        pool: the candidates, simplest first within a kind.
+        tests: which fit and judge them.
+        tau: log noise scale of the levels, rising, (m,).
+        settings: threads and progress.
+    """
     kinds: dict[tuple[str, float], list[Candidate]] = {}
     for candidate in pool:
         kinds.setdefault(candidate.kind, []).append(candidate)
@@ -54,7 +65,7 @@ def choose(pool: list[Candidate], tests: HeldoutTests, settings: Settings) -> Ch
     for place in range(max(len(kind) for kind in kinds.values())):
         now = [kind[place] for kind in kinds.values() if place < len(kind) and not _worsens(kind[:place], found)]
         folds = range(len(tests.folds))
-        calls = [partial(tests.likelihood, c, fold) for c in now for fold in folds]
+        calls = [partial(tests.likelihood, c, fold, tau) for c in now for fold in folds]
         parts = iter(together(calls, settings.threads))
         found |= {c: np.concatenate([next(parts) for _ in folds], 1) for c in now}
         settings.progress(sum(len(kind[: place + 1]) for kind in kinds.values()), 2 * len(pool))
@@ -64,35 +75,32 @@ def choose(pool: list[Candidate], tests: HeldoutTests, settings: Settings) -> Ch
     plausibility = np.exp(0.5 * (total - total.max(0)))
     size = np.array([c.parameters(tests.sample.rank) for c in names])
     best = _simplest_cover(plausibility > PLAUSIBLE, size)
-    tau = tests.pairs.tau
-    weight = _refuted_at_less_noise(plausibility, best, tau)
+    weight = _refuted_at_less_noise(plausibility, best)
     # Richer fits that are no better are noise more often than news; simpler ones are not.
     richer = size[:, None] > size[best]
     weight = np.where(richer, np.minimum(weight, RICHER_WEIGHT), np.minimum(weight, 1.0 - 1e-9))
-    weight = np.maximum(weight, _chosen_at_less_noise(plausibility, best, tau))
+    weight = np.maximum(weight, _chosen_at_less_noise(plausibility, best))
     weight[best, np.arange(len(best))] = 1.0
     return Choice(names, weight, plausibility)
 
 
-def _refuted_at_less_noise(weight: Array, best: Rows, tau: Array) -> Array:
+def _refuted_at_less_noise(weight: Array, best: Rows) -> Array:
     """Weights without those rivals of a level's choice that less noise, where that choice holds, refutes.
 
     Refuted is what is out of the question, not what is a little less likely.
     """
-    order = np.argsort(tau)
     kept = weight.copy()
     for j, i in enumerate(best):
-        cleaner = order[: int(np.flatnonzero(order == j)[0]) + 1]
-        least = weight[:, cleaner[weight[i, cleaner] > PLAUSIBLE]].min(1)
+        least = weight[:, : j + 1][:, weight[i, : j + 1] > PLAUSIBLE].min(1)
         kept[least < REFUTED, j] = 0.0
     return kept
 
 
-def _chosen_at_less_noise(plausibility: Array, best: Rows, tau: Array) -> Array:
+def _chosen_at_less_noise(plausibility: Array, best: Rows) -> Array:
     """Weights (candidates, m) of what less noise made the choice, where the rows under more do not refute it."""
     weight = np.zeros_like(plausibility)
-    for i, level in zip(best, tau, strict=True):
-        weight[i, (tau > level) & (plausibility[i] >= REFUTED)] = RICHER_WEIGHT
+    for j, i in enumerate(best):
+        weight[i, j + 1 :] = np.where(plausibility[i, j + 1 :] >= REFUTED, RICHER_WEIGHT, weight[i, j + 1 :])
     return weight
 
 

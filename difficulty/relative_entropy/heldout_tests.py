@@ -100,14 +100,14 @@ class HeldoutTests:
         self.draws, self.own_draws = (MORE_DRAWS, MORE_OWN_DRAWS) if few else (DRAWS, OWN_DRAWS)
         self.fits: dict[tuple[Candidate, int], Fit] = {}
 
-    def likelihood(self, candidate: Candidate, fold: int) -> Array:
-        """Log-likelihood of each held-out row of a fold at each anchor, (m, n)."""
+    def likelihood(self, candidate: Candidate, fold: int, tau: Array) -> Array:
+        """Log-likelihood of each held-out row of a fold at levels ``tau``, (m,), of log noise scale: (m, n)."""
         if candidate.family == "atoms":
-            return np.zeros((len(self.tau), 1))
+            return np.zeros((len(tau), 1))
         inside, outside = self.folds[fold]
         x, eps, n = self._heldout(outside, fold, 2)
-        log_density = self._fit(candidate, fold, inside).log_density(x, eps, self.tau)
-        return log_density.reshape(len(self.tau), n, 2).mean(2).numpy()
+        log_density = self._fit(candidate, fold, inside).log_density(x, eps, tau)
+        return log_density.reshape(len(tau), n, 2).mean(2).numpy()
 
     def test(self, candidate: Candidate) -> Tested:
         """The figures of F6."""

@@ -46,6 +46,7 @@ from difficulty.relative_entropy.score import LARGEST_STEP
 from difficulty.relative_entropy.unmixing import contrast_of_axes
 from difficulty.relative_entropy.verdict import (
     FAR_SHARE,
+    LIMITS,
     Findings,
     bracket,
     objections,
@@ -76,6 +77,9 @@ QUARTER_SHARE = 0.17
 # Share of a fourth moment that the rows farthest out must have for a check without them.
 FAR_DOMINATE = 0.3
 SPLIT_STREAM = 23
+# Levels of noise at which candidates are judged besides the anchors, log of the noise over the largest standard
+# deviation, unless an anchor of less or more noise is as near as this.
+LEVELS, NEAR = np.arange(-4.0, 1.0), 0.5
 # Rows per axis below which a fourth moment of all axes says nothing, and the first number of the draws against it.
 FEW_FOR_CUMULANTS, FIRST_DRAW = 4, 1000
 # Axes from which a covariance is fitted so loosely that held-out rows show it. In fewer a mixture that overfits draws a
@@ -153,8 +157,19 @@ class Judge:
         return self.net.everywhere(at_anchors, error, quantile, sample.dim, sample.second_moment)
 
     def choose(self) -> Choice:
-        """Which candidates explain the held-out rows at every anchor."""
-        return choose(self.pool, self.tests, self.settings)
+        """Which candidates explain the held-out rows at every anchor.
+
+        What is asked for must not decide what is known: less noise refutes candidates for more of it, so that some of
+        it is looked at in any case.
+        """
+        scale, step = float(np.sqrt(self.sample.eigenvalues.max())), self.sample.step
+        less = np.log(scale) + LEVELS
+        less = less[(less < self.tau.max()) & (np.exp(less) >= LIMITS.floor * step)]
+        less = less[np.abs(less[:, None] - self.tau).min(1) > NEAR]
+        levels = np.concatenate([self.tau, less])
+        order = np.argsort(levels, kind="stable")
+        choice = choose(self.pool, self.tests, levels[order], self.settings)
+        return choice.take(np.argsort(order)[: len(self.tau)])
 
     def together(self, calls: Calls[T]) -> list[T]:
         """The results of independent calls, so many at a time as the settings allow."""

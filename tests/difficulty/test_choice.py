@@ -21,11 +21,10 @@ def chosen(**plausibility: list[float]) -> Choice:
     levels = len(next(iter(given.values())))
     tests = SimpleNamespace(
         folds=[0, 1],
-        likelihood=lambda candidate, _: given[candidate] / 2,
+        likelihood=lambda candidate, *_: given[candidate] / 2,
         sample=SimpleNamespace(rank=3),
-        pairs=SimpleNamespace(tau=np.arange(levels)),
     )
-    return choose(list(given), tests, Settings(100, 8, 0, lambda *_: None))
+    return choose(list(given), tests, np.arange(levels, dtype=float), Settings(100, 8, 0, lambda *_: None))
 
 
 def test_the_simplest_plausible_family_is_chosen_and_a_richer_one_doubts_it():

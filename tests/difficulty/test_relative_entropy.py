@@ -540,6 +540,16 @@ def test_a_gaussian_of_many_dimensions_is_not_refused_for_what_few_rows_make_of_
     np.testing.assert_allclose(found.kl, gaussian_kl(pairs, variances, np.zeros(150)), rtol=0.05)
 
 
+@pytest.mark.parametrize("pairs", [[651, 800], [8, 65, 320, 651]])
+def test_the_verdict_on_a_pair_does_not_depend_on_which_others_are_asked_for(pairs):
+    process, variance = get_process("vp-linear"), np.geomspace(2, 0.05, 20)
+    x = np.random.default_rng(0).standard_normal((1500, 20)) * np.sqrt(variance)
+    table = kl(split_samples("gaussian", x), process, pairs=pairs).set_index("t")
+    exact = gaussian_kl(make_pairs(process, pairs), variance, np.zeros(20))[pairs.index(651)]
+    assert (table.estimator[651], table.reason[651]) == ("gaussian", "")
+    assert table.kl[651] == pytest.approx(exact, rel=0.1)
+
+
 def test_influence_of_the_rows_gives_the_sampling_error_of_a_gaussian():
     pairs, law = make_pairs(get_process("vp-linear"), [40, 300]), gaussian(3, 0.4, 0.3)
     found, errors = [], []
