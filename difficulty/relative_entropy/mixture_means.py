@@ -37,6 +37,9 @@ from difficulty.relative_entropy.rates import beta_of
 
 Array = npt.NDArray[np.float64]
 
+# Levels whose draws are held at once: of 16 000 draws a level takes 128 KiB for each of some 30 terms.
+LEVELS_AT_ONCE = 128
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:
@@ -79,11 +82,25 @@ def mixture_kl(
         law: the mixture.
         steps: (alpha, sigma) of p_1 and of p_2, each (m, 2).
         draws: the same for all steps.
-        progress: called with points (done, total).
+        progress: called with pairs (done, total).
     """
-    n, gaussians = len(draws.x0), _Gaussians(law)
+    m, gaussians = len(steps[0][0]), _Gaussians(law)
+    found = []
+    for rows in _levels(m):
+        found.append(_kl(gaussians, [(first[rows], second[rows]) for first, second in steps], draws))
+        progress(rows.stop, m)
+    out = []
+    for step in zip(*found, strict=True):
+        kl, error = zip(*step, strict=True)
+        out.append((np.concatenate(kl), np.concatenate(error)))
+    return out
+
+
+def _kl(gaussians: "_Gaussians", steps: Sequence[tuple[Array, Array]], draws: Draws) -> list[tuple[Array, Array]]:
+    """``mixture_kl`` with all points of all pairs in memory."""
+    law = gaussians.law
     parts: list[list[Tensor]] = [[] for _ in steps]
-    for rows in blocks_of(law, n):
+    for rows in blocks_of(law, len(draws.x0)):
         x0, eps = draws.x0[rows], draws.eps[rows]
         kernel, whole = MixtureKernel(law, x0, eps), MixtureKernel(gaussians.whole, x0, eps)
         for part, step in zip(parts, steps, strict=True):
@@ -91,7 +108,6 @@ def mixture_kl(
             if draws.own is not None:
                 ratios.append(kernel.log_ratio_of(draws.own[rows], *step))
             part.append(torch.stack(ratios))
-        progress(rows.stop, n)
     out = []
     for part, (first, second) in zip(parts, steps, strict=True):
         own, *others = torch.cat(part, 2)
@@ -104,7 +120,14 @@ def mixture_kl(
 
 def mixture_rates(law: GaussianMixture, tau: Array, draws: Draws) -> tuple[Array, Array]:
     """A, B, C, I_min (F5) and 1 + B/C at tau = log s, and their standard errors, each (m, 5)."""
-    n, gaussians = len(draws.x0), _Gaussians(law)
+    gaussians = _Gaussians(law)
+    rates, errors = zip(*(_rates(gaussians, tau[rows], draws) for rows in _levels(len(tau))), strict=True)
+    return np.concatenate(rates), np.concatenate(errors)
+
+
+def _rates(gaussians: "_Gaussians", tau: Array, draws: Draws) -> tuple[Array, Array]:
+    """``mixture_rates`` with all points of all levels in memory."""
+    n, law = len(draws.x0), gaussians.law
     parts = []
     for rows in blocks_of(law, n):
         x0, eps = draws.x0[rows], draws.eps[rows]
@@ -136,6 +159,11 @@ def mixture_rates(law: GaussianMixture, tau: Array, draws: Draws) -> tuple[Array
     found = [a, b, c, (i_min, rest_error), (lag / c[0], lag_error / c[0])]
     rates, errors = (torch.stack(column, 1).numpy() for column in zip(*found, strict=True))
     return rates, errors
+
+
+def _levels(m: int) -> list[slice]:
+    """So many levels at a time as fit into memory together with what is regressed there; none as one block."""
+    return [slice(start, min(start + LEVELS_AT_ONCE, m)) for start in range(0, max(m, 1), LEVELS_AT_ONCE)]
 
 
 def _deviations(others: list[Tensor], moments: list[tuple[Tensor, Tensor]], weight: Tensor | None) -> Tensor:
