@@ -60,7 +60,8 @@ def kl(
         of both (F7), in nats; ratio and ratio_reverse to these, near 1 where the schedule alone makes the number;
         per_dlogsnr2 = kl per squared step of log-SNR; fisher_rao = sqrt(2 kl), which adds up along t; i_min the
         schedule-free rate per squared step of log noise scale (F5; NaN where only a bracket is known); estimator, valid
-        and reason (empty if valid).
+        and reason (empty if valid). Of a pair that is not valid, value and interval are the fit's own, which the reason
+        objects to.
 
     Raises:
         InputError: if an argument is out of its range or the data do not suit the estimator.

@@ -65,12 +65,13 @@ ANCHORS = 40
 SOME_AXES, MANY_AXES = 24, 1024
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.01
-# The parts of an error are doubts that overlap: on the laws that the families were made with (``LAWS`` in
-# benchmarks/known_laws.py) their sum is twice the root mean square of the true errors. Intervals state this share of
-# it, but all of a Gaussian's, none below what the influence of the rows says where the law looks Gaussian, and none
-# below ``LEAST_ERROR``: share and least error were set so that data sets 16 to 23 of the other laws there were covered
-# at 90 %, by estimator and process between 88 and 96 %; later ones judge. The verdict rests on all of it.
-CALIBRATED = 0.75
+# The parts of an error are doubts that overlap: their sum is twice the root mean square of the true errors. Intervals
+# state this share of it, but all of a Gaussian's, none below what the influence of the rows says where the law looks
+# Gaussian, and none below ``LEAST_ERROR``. The share was set on 127 data sets that judge nothing: those of laws by
+# independent testers, whose truths were kept back until then, are covered at 90 %, those of ``LAWS`` in
+# benchmarks/known_laws.py, with which the families were made, at 89 %, and data sets 16 and 17 of the other laws there,
+# of which later ones judge, at 94 %, by process between 93 and 98 %. The verdict rests on all of the error.
+CALIBRATED = 0.5
 MANY_COMPONENTS = 8
 # Most axes per row at which a quarter of the rows still spans all of them with room to spare.
 QUARTER_SHARE = 0.17
