@@ -100,7 +100,7 @@ def _chosen_at_less_noise(plausibility: Array, best: Rows) -> Array:
     """Weights (candidates, m) of what less noise made the choice, where the rows under more do not refute it."""
     weight = np.zeros_like(plausibility)
     for j, i in enumerate(best):
-        weight[i, j + 1 :] = np.where(plausibility[i, j + 1 :] >= REFUTED, RICHER_WEIGHT, weight[i, j + 1 :])
+        weight[i, j + 1 :][plausibility[i, j + 1 :] >= REFUTED] = RICHER_WEIGHT
     return weight
 
 
