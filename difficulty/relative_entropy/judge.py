@@ -226,10 +226,10 @@ class Judge:
         excess, excess_error = (test.bound[:, 0] - log_kl).clip(min=0.0), test.bound[:, 1]
         too_low = np.sqrt((excess**2 - excess_error**2).clip(min=0.0))
         lacks = self._lacking() * np.exp(pick(long_step))[:, None]
-        # A refuted fit is off by what its cumulants lack, and by what a narrower spread of the time score adds to first
-        # order.
+        # A refuted fit is off by what its cumulants lack, which is known to its error only, and by what a narrower
+        # spread of the time score adds to first order.
         narrow = np.where(lacks[:, 0] > 0, (-test.second_moment[:, 0]).clip(min=0.0), 0.0)
-        refuted = lacks[:, 0].clip(min=0.0) / np.exp(log_kl) + narrow
+        refuted = np.hypot(lacks[:, 0].clip(min=0.0), lacks[:, 1]) / np.exp(log_kl) + narrow
         return Findings(
             log_kl=log_kl,
             reverse=pick({i: fit.kl_reverse / fit.kl for i, fit in fits.items()}),
