@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.stats import ortho_group
 
-from difficulty.datasets import load_dataset
+from difficulty.datasets import load_dataset, split_samples
+from difficulty.intervals import Z90
 from difficulty.process import get_process
 from difficulty.relative_entropy.auto import candidates
 from difficulty.relative_entropy.cumulants import DRAWS, _kernel, _norm_squared, _side, lacking
@@ -80,6 +81,18 @@ def test_a_gaussian_fit_to_independent_parts_in_many_dimensions_is_refused(tmp_p
     found = Judge(sample, PAIRS, Settings(2000, 2, 0, lambda done, total: None), [Candidate("gaussian")]).estimate()
     assert not found.valid.any()
     assert "third and fourth moments" in found.reason[0]
+
+
+def test_how_roughly_cumulants_tell_what_a_refuted_fit_lacks_is_an_error_of_it(monkeypatch):
+    sample = make_sample(split_samples("gauss", np.random.default_rng(1).standard_normal((2000, 8)) * 0.7))
+    judge = Judge(sample, PAIRS, Settings(2000, 4, 0, lambda done, total: None), [Candidate("gaussian")])
+    before = judge.estimate()
+    # Nothing is lacking as far as is known, to a tenth of the relative entropy.
+    found = np.stack([np.zeros(len(PAIRS)), 0.1 * before.kl], 1)
+    monkeypatch.setattr(judge, "_lacking", lambda: found)
+    after = judge.estimate()
+    added = np.log(after.ci_high / after.kl) ** 2 - np.log(before.ci_high / before.kl) ** 2
+    np.testing.assert_allclose(added, (0.1 * Z90) ** 2, rtol=1e-6)
 
 
 def test_mixtures_of_one_covariance_are_offered_with_many_components_in_many_dimensions():
