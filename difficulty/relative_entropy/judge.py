@@ -4,6 +4,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 
 1. Choice (``choice``). Each candidate is fitted to three quarters of the rows and judged by the log-likelihood of the
    rest *at the noise level of the pair*: what noise hides does not count. Of the plausible ones the simplest is taken.
+   A few levels of less noise are looked at in any case, since they refute candidates for more of it.
 2. Error of the fit. The chosen candidate is refitted to random halves of the data, which gives the bias and the
    standard error; where the law looks Gaussian, the influence of every row gives the latter as well (``refits``).
 3. Error of the choice. Candidates that the held-out likelihood hardly tells from the best one must agree with it, and

@@ -11,7 +11,7 @@ Per component, with shift = (alpha_2 - alpha_1) m and shrink = (v_1 - v_2)/v_2,
 and log p_1/p_2 = -log sum_k r_k exp(-d_k) with r_k the posterior of k under p_1: no difference of large logarithms.
 """
 
-__all__ = ["MixtureKernel", "blocks_of", "isotropic"]
+__all__ = ["MixtureKernel", "blocks_of", "isotropic", "slices"]
 
 import math
 
@@ -193,15 +193,19 @@ class MixtureKernel:
 
     def _chunks(self, m: int) -> list[slice]:
         components, n, _ = self.features.shape
-        size = max(1, CHUNK // (components * n))
-        return [slice(start, min(start + size, m)) for start in range(0, m, size)]
+        return slices(m, CHUNK // (components * n))
 
 
 def blocks_of(law: GaussianMixture, n: int) -> list[slice]:
     """n points in parts whose features take 128 MiB each."""
     bytes_each = 40 * len(law.means) * (1 if isotropic(law) else law.dim)
-    size = max(1, BLOCK_BYTES // bytes_each)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return slices(n, BLOCK_BYTES // bytes_each)
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """n items in parts of ``size``, of one at least; no items are one empty part."""
+    size = max(1, size)
+    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
 
 
 def isotropic(law: GaussianMixture) -> bool:

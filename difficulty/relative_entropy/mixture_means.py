@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from difficulty.laws import GaussianMixture
-from difficulty.relative_entropy.kernel import MixtureKernel, blocks_of, isotropic
+from difficulty.relative_entropy.kernel import MixtureKernel, blocks_of, isotropic, slices
 from difficulty.relative_entropy.montecarlo import kl_from_log_ratio, mean_beside
 from difficulty.relative_entropy.rates import beta_of
 
@@ -86,7 +86,7 @@ def mixture_kl(
     """
     m, gaussians = len(steps[0][0]), _Gaussians(law)
     found = []
-    for rows in _levels(m):
+    for rows in slices(m, LEVELS_AT_ONCE):
         found.append(_kl(gaussians, [(first[rows], second[rows]) for first, second in steps], draws))
         progress(rows.stop, m)
     out = []
@@ -121,7 +121,8 @@ def _kl(gaussians: "_Gaussians", steps: Sequence[tuple[Array, Array]], draws: Dr
 def mixture_rates(law: GaussianMixture, tau: Array, draws: Draws) -> tuple[Array, Array]:
     """A, B, C, I_min (F5) and 1 + B/C at tau = log s, and their standard errors, each (m, 5)."""
     gaussians = _Gaussians(law)
-    rates, errors = zip(*(_rates(gaussians, tau[rows], draws) for rows in _levels(len(tau))), strict=True)
+    found = [_rates(gaussians, tau[rows], draws) for rows in slices(len(tau), LEVELS_AT_ONCE)]
+    rates, errors = zip(*found, strict=True)
     return np.concatenate(rates), np.concatenate(errors)
 
 
@@ -159,11 +160,6 @@ def _rates(gaussians: "_Gaussians", tau: Array, draws: Draws) -> tuple[Array, Ar
     found = [a, b, c, (i_min, rest_error), (lag / c[0], lag_error / c[0])]
     rates, errors = (torch.stack(column, 1).numpy() for column in zip(*found, strict=True))
     return rates, errors
-
-
-def _levels(m: int) -> list[slice]:
-    """So many levels at a time as fit into memory together with what is regressed there; none as one block."""
-    return [slice(start, min(start + LEVELS_AT_ONCE, m)) for start in range(0, max(m, 1), LEVELS_AT_ONCE)]
 
 
 def _deviations(others: list[Tensor], moments: list[tuple[Tensor, Tensor]], weight: Tensor | None) -> Tensor:
