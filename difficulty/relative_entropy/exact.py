@@ -148,11 +148,13 @@ def kl_of_law(law: Law, pairs: Pairs, draws: Draws, settings: Settings) -> tuple
     if isinstance(law, GaussianMixture):
         steps = [(pairs.first, pairs.second), (pairs.second, pairs.first)]
         (kl, se), (kl_reverse, _) = mixture_kl(law, steps, draws, settings.progress)
-        i_min[finite] = mixture_rates(law, pairs.tau[finite], draws)[0][:, 3]
+        if finite.any():
+            i_min[finite] = mixture_rates(law, pairs.tau[finite], draws)[0][:, 3]
         return kl, se, kl_reverse, i_min
     forward, backward = _log_ratios(law, pairs, draws, settings)
     (own, error), (reverse, _) = kl_from_log_ratio(forward), kl_from_log_ratio(backward)
-    i_min[finite] = rates_of_scores(*time_scores(law, pairs.tau[finite], draws), 1 / len(draws.x0))[:, 3]
+    if finite.any():
+        i_min[finite] = rates_of_scores(*time_scores(law, pairs.tau[finite], draws), 1 / len(draws.x0))[:, 3]
     return own.numpy(), error.numpy(), reverse.numpy(), i_min
 
 

@@ -686,6 +686,12 @@ def test_tables_have_the_documented_columns():
 
 
 # What trains a network has tests of its own.
+def test_the_last_pair_alone_whose_rate_has_no_level_is_what_it_is_among_others():
+    alone, among = (kl("grid-2d", "flow-matching", pairs=pairs).iloc[-1] for pairs in ([1000], [500, 1000]))
+    assert (alone.t, np.isnan(alone.i_min), np.isnan(among.i_min)) == (1000, True, True)
+    assert alone.kl == pytest.approx(among.kl, rel=1e-12)
+
+
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("exact", "score")])
 def test_every_estimator_works_on_samples(estimator):
     table = kl(split_samples("rows", samples_of(gaussian(3, 0.5), 500)), "ve", estimator=estimator, pairs=[300, 700])
