@@ -82,7 +82,7 @@ def candidates(sample: Sample) -> list[Candidate]:
     if sample.rank > MOST_FOR_MIXTURES:
         return found
     most = LARGEST_FIT // max(n * d**2, 1)
-    kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+    kinds = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
     # Components of a few directions each are seen only without shrinkage, which takes many rows per axis.
     for strength, rows in ((float(d + 1), max(30, d)), (0.0, max(30, ROWS_UNSHRUNK * d))):
         found += [Candidate("mixture", k, strength) for k in kinds if n / k >= rows and k <= max(most, 2)]

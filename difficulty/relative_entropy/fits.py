@@ -36,6 +36,8 @@ HERMITE_NODES = 24
 SMALL = 2**20
 # Numbers (axis, component, point) held at once by a product: 32 MiB.
 ELEMENTS = 2**22
+# Components of the marginal of a product along a direction that is not one of its axes.
+COMBINED = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,10 @@ class Block(ABC):
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         """Samples of x0, shape (samples, d)."""
+
+    @abstractmethod
+    def marginal(self, direction: Array) -> tuple[Array, Array, Array]:
+        """The law of x0 @ direction as a mixture of Gaussians: weights, means, variances, each (k,)."""
 
     @abstractmethod
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +119,10 @@ class GaussianBlock(Block):
         noise = torch.randn(samples, len(self.mean), dtype=torch.float64, generator=generator)
         x = torch.from_numpy(self.mean) + noise * torch.from_numpy(self.eigenvalues).sqrt()
         return x if self.axes is None else x @ self.axes.T
+
+    def marginal(self, direction: Array) -> tuple[Array, Array, Array]:
+        along = direction if self.axes is None else direction @ self.axes.numpy()
+        return np.ones(1), np.array([along @ self.mean]), np.array([along**2 @ self.eigenvalues])
 
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         if self.axes is not None:
@@ -168,6 +178,11 @@ class MixtureBlock(Block):
         draws = self._draw(samples, seed)
         traces = torch.cat([kernel.posterior_trace(tau) for kernel in self._kernels(draws.x0, draws.eps)], 1)
         return (traces if draws.weight is None else traces * draws.weight).mean(1).numpy()
+
+    def marginal(self, direction: Array) -> tuple[Array, Array, Array]:
+        law, along = self.law, torch.from_numpy(direction)
+        variances = (torch.einsum("kde,d->ke", law.basis, along).square() * law.eigenvalues).sum(1)
+        return law.log_weights.exp().numpy(), (law.means @ along).numpy(), variances.numpy()
 
     def evaluate(self, x0: Tensor, eps: Tensor, tau: Array) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
@@ -258,6 +273,14 @@ class ProductBlock(Block):
             within = self.variances[..., None] * float(s) ** 2 / v
             out.append(float((w * (posterior * (within + (centre - mean) ** 2)).sum(1)).sum()))
         return np.array(out)
+
+    def marginal(self, direction: Array) -> tuple[Array, Array, Array]:
+        # All choices of one component per axis are too many: some of them, drawn.
+        along = torch.from_numpy(direction) @ self.axes
+        drawn = torch.multinomial(self.weights, COMBINED, replacement=True, generator=torch_generator(FIT_STREAM, 2))
+        means = along @ self.means.gather(1, drawn)
+        variances = along.square() @ self.variances.gather(1, drawn)
+        return np.full(COMBINED, 1 / COMBINED), means.numpy(), variances.numpy()
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         k = torch.multinomial(self.weights, samples, replacement=True, generator=generator)
@@ -350,6 +373,16 @@ class Fit:
     def mmse(self, tau: Array, samples: int, seed: int) -> Array:
         """Least possible E|x0 - x0_hat|^2, the sum over blocks, shape (m,)."""
         return np.sum([block.mmse(tau, samples, seed) for _, block in self.blocks], axis=0)
+
+    def marginal(self, direction: Array) -> tuple[Array, Array, Array]:
+        """The law of x0 @ direction, (d,), as a mixture of Gaussians: weights, means, variances, each (k,)."""
+        along = direction if self.axes is None else direction @ self.axes.numpy()
+        weights, means, variances = np.ones(1), np.zeros(1), np.zeros(1)
+        for columns, block in self.blocks:
+            w, m, v = block.marginal(along[columns])
+            weights = np.multiply.outer(weights, w).ravel()
+            means, variances = np.add.outer(means, m).ravel(), np.add.outer(variances, v).ravel()
+        return weights, means, variances
 
     def draw(self, samples: int, seed: int) -> tuple[Tensor, Tensor]:
         """x0 of the fit and noise, each (samples, d)."""

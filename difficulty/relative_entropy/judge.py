@@ -15,7 +15,8 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 4. Test on held-out data (F6, ``heldout_tests``): the time score must predict the conditional one, must have the spread
    that the fit says, and the certified lower bound of *every* candidate must lie below the estimate. What a covariance
    of many dimensions makes of the first two for want of rows alone is taken off.
-5. A pair is valid if its error allows to promise 30 % and no test objects to its fit, here or, beyond doubt, at other
+5. Columns of few values among continuous ones: what the fit lacks for want of their atoms is added (``columns``).
+6. A pair is valid if its error allows to promise 30 % and no test objects to its fit, here or, beyond doubt, at other
    noise. Otherwise the reason says which one did, unless the bracket of certified bounds is itself narrow enough
    (``verdict``).
 """
@@ -34,6 +35,7 @@ from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.choice import Choice, choose
+from difficulty.relative_entropy.columns import lacking_columns, lacking_columns_rates
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
@@ -41,19 +43,18 @@ from difficulty.relative_entropy.fits import Fit, Measured, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.rates import add_rates
-from difficulty.relative_entropy.refits import Replicated, beside_rest, gaussian_log_error, log_of
+from difficulty.relative_entropy.refits import (
+    FAR_SHARE,
+    Replicated,
+    beside_rest,
+    gaussian_log_error,
+    log_of,
+    tail_shares,
+)
 from difficulty.relative_entropy.sample import Sample
 from difficulty.relative_entropy.score import LARGEST_STEP
 from difficulty.relative_entropy.unmixing import contrast_of_axes
-from difficulty.relative_entropy.verdict import (
-    FAR_SHARE,
-    LIMITS,
-    Findings,
-    bracket,
-    objections,
-    spans_too_little,
-    tail_shares,
-)
+from difficulty.relative_entropy.verdict import LIMITS, Findings, bracket, objections, spans_too_little
 from difficulty.threads import Calls, together
 
 Array = npt.NDArray[np.float64]
@@ -132,19 +133,20 @@ class Judge:
             return self._point_mass()
         choice = self.choose()
         found = self._measure(choice.names, choice.weight)
-        sample, exact = self.sample, self.null.measure(self.anchors, 0, 0)
+        sample, exact, columns = self.sample, self.null.measure(self.anchors, 0, 0), self._columns()
         rest = np.exp(found.log_kl)
-        kl = rest + exact.kl
+        kl = rest + exact.kl + columns.kl
         upper = upper_bound(self.anchors, sample.dim, sample.second_moment)
-        reasons = objections(sample, self.anchors, found, (upper - exact.kl).clip(min=0.0) / upper, kl)
+        reasons = objections(sample, self.anchors, found, (upper - exact.kl).clip(min=0.0) / upper, kl, columns.error)
         self.fit_reasons = reasons.copy()
-        reverse = (found.reverse * rest + exact.kl_reverse) / kl
+        reverse = (found.reverse * rest + exact.kl_reverse + columns.kl_reverse) / kl
         family = np.array([c.family for c in found.family], dtype=object)
         # Few refits know their own spread only roughly: Student's quantile, but the influence of n rows is well known,
         # and the error of a Gaussian is hardly more than that.
         gaussian = family == "gaussian"
-        stated = np.where(gaussian, found.error, np.maximum(CALIBRATED * found.error, found.influence))
-        error = np.hypot(rest / kl * stated, LEAST_ERROR)
+        doubts = (found.error**2 - found.spread**2).clip(min=0.0)
+        stated = np.where(gaussian, found.error, np.sqrt(found.spread**2 + CALIBRATED**2 * doubts))
+        error = np.sqrt((rest / kl * stated) ** 2 + (columns.error / kl) ** 2 + LEAST_ERROR**2)
         by_rows = gaussian | (found.influence > CALIBRATED * found.error)
         quantile = np.where(by_rows, Z90, stats.t.ppf(0.95, len(self.halves)))
         low, high, narrow = bracket(exact.kl, found.tested, upper)
@@ -289,6 +291,14 @@ class Judge:
             )
         return found
 
+    def _columns(self) -> Measured:
+        """What the chosen fits lack for want of the atoms of columns of few values, nats, and its error, (m,) each."""
+        found = np.zeros((3, len(self.best)))
+        for where, fit in self.chosen_fits():
+            lacks = lacking_columns(fit, self.sample.columns, self.anchors.take(where))
+            found[:, where] = lacks.kl, lacks.kl_reverse, lacks.error
+        return Measured(*found)
+
     def _highest_bound(self, tested: dict[int, Tested]) -> Array:
         """The best lower bound of all candidates that were tested, by its lower end, (m, 2)."""
         bounds = np.stack([t.bound for t in tested.values()])
@@ -409,13 +419,16 @@ class Judge:
         for where, fit in fits:
             tau = self.tau[where]
             out[where] = add_rates([fit.profile(tau, self.few, self.settings.seed), self.null.profile(tau, 0, 0)])
+            out[where] += lacking_columns_rates(fit, self.sample.columns, tau)[0]
         return out
 
     def mmse(self, fits: list[tuple[Rows, Fit]]) -> Array:
         """Least possible E|x0 - x0_hat|^2 of ``chosen_fits`` at the anchors, shape (m,)."""
         out = np.zeros(len(self.tau))
         for where, fit in fits:
-            out[where] = fit.mmse(self.tau[where], self.few, self.settings.seed)
+            tau = self.tau[where]
+            out[where] = fit.mmse(tau, self.few, self.settings.seed)
+            out[where] += lacking_columns_rates(fit, self.sample.columns, tau)[1]
         return out
 
     def _point_mass(self) -> Estimate:

@@ -7,7 +7,7 @@ split. Counts that scatter less than draws of atoms would are the work of who ma
 Coordinates are those of the principal axes; axes without variance are kept apart and treated in closed form.
 """
 
-__all__ = ["Sample", "make_sample"]
+__all__ = ["FewValues", "Sample", "make_sample"]
 
 from dataclasses import dataclass
 
@@ -27,6 +27,28 @@ NULL_SHARE = 1e-12
 DISCRETE_SHARE = 0.3
 # How seldom draws of equally likely atoms may have counts so even that the rows are taken for copied ones.
 COPIED_LEVEL = 1e-4
+# Most values of a coordinate that counts as quantised: those of a byte.
+MOST_VALUES = 256
+# Squared length of a coordinate's unit vector on the axes with variance below which it is not one of them.
+LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class FewValues:
+    """A column that takes few values, projected onto the axes with variance.
+
+    Args:
+        direction: unit vector along these axes, shape (r,).
+        values, weights: what it takes along that direction and how often, shape (v,); the weights sum to 1.
+        step: smallest step between the values.
+        share: squared length of the column's own unit vector on these axes, 1 unless others determine it.
+    """
+
+    direction: Array
+    values: Array
+    weights: Array
+    step: float
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +65,7 @@ class Sample:
         discrete: whether the law consists of atoms that the sample repeats.
         missing: share of the draws that occurred only once; of a discrete law about the share that was not seen (Good).
         step: smallest step between the values of a coordinate if all of them are quantised, otherwise 0.
+        columns: coordinates of few values if others are continuous, otherwise none.
     """
 
     rows: Array
@@ -54,6 +77,7 @@ class Sample:
     discrete: bool
     missing: float
     step: float
+    columns: tuple[FewValues, ...] = ()
 
     @property
     def n(self) -> int:
@@ -77,12 +101,12 @@ def make_sample(dataset: Dataset) -> Sample:
     parts = [part.reshape(len(part), -1) for part in (dataset.train, dataset.heldout)]
     pooled = torch.cat(parts).numpy()
     rows, counts = np.unique(pooled, axis=0, return_counts=True)
-    step = _step(rows)
+    steps = _steps(rows)
     if _copied(counts):
         counts = np.ones_like(counts)
     missing = float((counts == 1).sum() / counts.sum())
     discrete = bool(missing < DISCRETE_SHARE)
-    return _arranged(rows.astype(np.float64), counts.astype(np.float64), discrete, missing, 0.0 if discrete else step)
+    return _arranged(rows.astype(np.float64), counts.astype(np.float64), discrete, missing, steps)
 
 
 def _copied(counts: npt.NDArray[np.int64]) -> bool:
@@ -97,7 +121,7 @@ def _copied(counts: npt.NDArray[np.int64]) -> bool:
     return bool(chi2.cdf(((counts - mean) ** 2).sum() / mean, max(len(counts) - 1, 1)) < COPIED_LEVEL)
 
 
-def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, step: float) -> Sample:
+def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, steps: Array) -> Sample:
     mean = np.average(rows, axis=0, weights=counts)
     rows = rows - mean
     order = np.argsort((rows**2).sum(1), kind="stable")
@@ -105,19 +129,37 @@ def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, step: 
     rows, counts = rows[order], counts[order]
     values, axes = _principal_axes(rows, counts)
     null_mean = float(np.sqrt(max((mean**2).sum() - ((mean @ axes) ** 2).sum(), 0.0)))
-    return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, step)
+    quantised = steps > 0
+    varies = np.ptp(rows, axis=0) > 0
+    step = 0.0
+    columns: tuple[FewValues, ...] = ()
+    if not discrete and quantised[varies].all():
+        step = float(steps[varies].min()) if varies.any() else 0.0
+    elif not discrete:
+        # What is left of a column whose variance is rounding is no direction.
+        kept = np.flatnonzero(quantised & ((axes**2).sum(1) > LEAST_SHARE))
+        columns = tuple(_few_values(rows[:, j], counts, mean @ axes, axes[j]) for j in kept)
+    return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, step, columns)
 
 
-def _step(rows: npt.NDArray[np.float32]) -> float:
-    """Smallest step between values, if every coordinate takes few enough of them to be quantised; otherwise 0."""
-    steps = []
-    for column in rows.T:
+def _steps(rows: npt.NDArray[np.float32]) -> Array:
+    """Smallest step between the values of each coordinate that takes few enough to be quantised; 0 for others, (D,)."""
+    steps = np.zeros(rows.shape[1])
+    for j, column in enumerate(rows.T):
         values = np.unique(column)
-        if len(values) > min(256, len(rows) // 4):
-            return 0.0
-        if len(values) > 1:
-            steps.append(float(np.diff(values).min()))
-    return min(steps, default=0.0)
+        if 1 < len(values) <= min(MOST_VALUES, len(rows) // 4):
+            steps[j] = np.diff(values).min()
+    return steps
+
+
+def _few_values(column: Array, counts: Array, mean: Array, unit: Array) -> FewValues:
+    """A centred column, (n,), whose unit vector has the coordinates ``unit`` on the axes, as the mean has ``mean``."""
+    share = float((unit**2).sum())
+    direction = unit / np.sqrt(share)
+    along, index = np.unique(column, return_inverse=True)
+    values = along / np.sqrt(share) + mean @ direction
+    weights = np.bincount(index, counts) / counts.sum()
+    return FewValues(direction, values, weights, float(np.diff(values).min()), share)
 
 
 def _principal_axes(rows: Array, counts: Array) -> tuple[Array, Array]:

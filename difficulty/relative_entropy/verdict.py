@@ -21,9 +21,9 @@ factor (L^2/(L^2 + s^2))^2, as a Gaussian's own relative entropy does.
 """
 
 __all__ = [
-    "FAR_SHARE", "LIMITS", "ROUGHER",
+    "LIMITS", "ROUGHER",
     "Findings", "Limits",
-    "bracket", "objections", "spans_too_little", "tail_shares", "too_rough", "unseen",
+    "bracket", "objections", "spans_too_little", "too_rough", "unseen",
 ]  # fmt: skip
 
 from dataclasses import dataclass
@@ -33,15 +33,13 @@ import numpy as np
 import numpy.typing as npt
 
 from difficulty.intervals import Z90
-from difficulty.relative_entropy.families import MOST_AXES, Candidate
+from difficulty.relative_entropy.families import Candidate
 from difficulty.relative_entropy.heldout_tests import Tested
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample
 
 Array = npt.NDArray[np.float64]
 
-# Share of the rows, those farthest out, whose weight in a fourth moment is asked for.
-FAR_SHARE = 0.0025
 # chi^2 of a departure that the samples do not show: three standard errors.
 UNDETECTED = 9.0
 ROUGHER = "too few samples: they cannot exclude a rougher law with a much different value"
@@ -62,8 +60,6 @@ class Limits:
         surely: the same, beyond which it speaks against the same fit at other noise too.
         floor: smallest noise scale in units of the step between quantised values.
         missing: largest share of a discrete law that was seen only once.
-        tail: largest share of the fourth moments that the farthest rows may have, on which every error rests; a normal
-            law has 0.1, Laplace's 0.25, Student's with 4 degrees of freedom 0.6.
         unseen: largest share of the KL that roughness may have which the samples cannot show, together with the
             interval of 90 %: log 1.3.
         lacking: largest share of the KL that cumulants of the data may have which a refuted fit has not.
@@ -80,7 +76,6 @@ class Limits:
     surely: float = 2.6
     floor: float = 0.5
     missing: float = 0.2
-    tail: float = 0.45
     unseen: float = 0.262
     lacking: float = 0.15
     bracket: float = 1.69
@@ -118,7 +113,9 @@ class Findings:
     family: list[Candidate]
 
 
-def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: Array) -> npt.NDArray[np.object_]:
+def objections(
+    sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: Array, of_columns: Array
+) -> npt.NDArray[np.object_]:
     """Why a pair is not valid, empty where it is, (m,).
 
     Args:
@@ -127,6 +124,7 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
         found: at the anchors.
         share: the largest share of the KL that the estimated part can have.
         kl: the whole KL in nats.
+        of_columns: error of what was added for columns of few values, nats.
     """
     test = found.tested
     noise = pairs.noise_from
@@ -149,9 +147,8 @@ def objections(sample: Sample, pairs: Pairs, found: Findings, share: Array, kl: 
             "too few samples for so many dimensions: half of them span fewer directions than all",
         ),
         (
-            ~np.array([candidate.heavy_tailed for candidate in found.family])
-            & (not sample.discrete and float(tail_shares(sample).mean()) > LIMITS.tail),
-            "heavy tails: a few rows far out dominate the fourth moments, on which every error estimate rests",
+            of_columns > LIMITS.error * kl,
+            "columns of few values: the fit smooths over their steps, which this noise hides only in part",
         ),
         (too_rough(hidden, share * found.error), ROUGHER),
         (
@@ -242,14 +239,6 @@ def too_rough(hidden_share: Array, error: Array) -> npt.NDArray[np.bool_]:
         error: standard error of log KL; one beyond ``LIMITS.error`` is refused for itself.
     """
     return np.asarray(hidden_share + Z90 * np.minimum(error, LIMITS.error) > LIMITS.unseen, dtype=bool)
-
-
-def tail_shares(sample: Sample) -> Array:
-    """Share of the fourth moment along each leading axis that ``FAR_SHARE`` of the rows, the farthest out, make."""
-    x = sample.rows[:, :MOST_AXES] / np.sqrt(sample.eigenvalues[:MOST_AXES])
-    fourth = np.sort(x**4, axis=0)
-    few = max(2, round(FAR_SHARE * len(x)))
-    return fourth[-few:].sum(0) / fourth.sum(0)
 
 
 def spans_too_little(sample: Sample) -> bool:

@@ -14,12 +14,13 @@ from difficulty.relative_entropy.verdict import LIMITS, Findings, objections
 LEVELS = [200, 300, 400]
 
 
-def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), **contradicted) -> list[str]:
+def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), columns=0.0, **contradicted) -> list[str]:
     """Reasons at three levels for a fit without fault, but for the logs of the figures that are given, (3,) each.
 
     Args:
         sample, families: the data, and the candidate chosen at each level.
         lacking: shares of the KL that the fit lacks.
+        columns: error of what was added for columns of few values, as a share of the KL.
         contradicted: what is added to held-out figures, whose standard error is 0.01.
     """
     log_kl = np.full(3, np.log(1e-2))
@@ -30,7 +31,7 @@ def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), **contradicted) 
     lacks = np.exp(log_kl)[:, None] * np.stack([np.asarray(lacking), small], 1)
     found = Findings(log_kl, zero, small, zero, zero, small, zero, tested, lacks, families)
     pairs = make_pairs(get_process("vp-linear"), LEVELS)
-    return objections(sample, pairs, found, np.ones(3), np.exp(log_kl)).tolist()
+    return objections(sample, pairs, found, np.ones(3), np.exp(log_kl), columns * np.exp(log_kl)).tolist()
 
 
 @pytest.fixture
@@ -87,3 +88,9 @@ def test_a_pair_that_passes_alone_between_two_that_do_not_is_refused(sample):
     assert "both refused" in both[1]
     assert verdicts(sample, families, cross=np.array([1.0, 0.0, 0.0]))[1:] == ["", ""]
     assert verdicts(sample, families, cross=np.array([0.0, 0.0, 1.0]))[:2] == ["", ""]
+
+
+def test_what_is_added_for_columns_of_few_values_must_not_be_too_uncertain(sample):
+    families = [Candidate("gaussian")] * 3
+    assert verdicts(sample, families, columns=0.14) == [""] * 3
+    assert all("few values" in reason for reason in verdicts(sample, families, columns=0.16))
