@@ -15,7 +15,8 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 4. Test on held-out data (F6, ``heldout_tests``): the time score must predict the conditional one, must have the spread
    that the fit says, and the certified lower bound of *every* candidate must lie below the estimate. What a covariance
    of many dimensions makes of the first two for want of rows alone is taken off.
-5. Columns of few values among continuous ones: what the fit lacks for want of their atoms is added (``columns``).
+5. Columns of few values among continuous ones: what the fit lacks for want of their atoms is added
+   (``discrete_columns``).
 6. A pair is valid if its error allows to promise 30 % and no test objects to its fit, here or, beyond doubt, at other
    noise. Otherwise the reason says which one did, unless the bracket of certified bounds is itself narrow enough
    (``verdict``).
@@ -35,8 +36,12 @@ from difficulty.intervals import Z90
 from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.choice import Choice, choose
-from difficulty.relative_entropy.columns import lacking_columns, lacking_columns_rates
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
+from difficulty.relative_entropy.discrete_columns import (
+    lacking_in_columns,
+    mmse_lacking_in_columns,
+    rates_lacking_in_columns,
+)
 from difficulty.relative_entropy.estimate import Estimate, Settings
 from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
 from difficulty.relative_entropy.fits import Fit, Measured, null_block
@@ -67,12 +72,12 @@ ANCHORS = 40
 SOME_AXES, MANY_AXES = 24, 1024
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.01
-# The parts of an error are doubts that overlap: their sum is twice the root mean square of the true errors. Intervals
-# state this share of it, but all of a Gaussian's, none below what the influence of the rows says where the law looks
-# Gaussian, and none below ``LEAST_ERROR``. The share was set on 134 data sets that judge nothing: those of laws by
-# independent testers, whose truths were kept back until then, are covered at 92 %, those of ``LAWS`` in
-# benchmarks/known_laws.py, with which the families were made, at 90 %, and data sets 16 and 17 of the other laws there,
-# of which later ones judge, at 95 %, by process between 93 and 100 %. The verdict rests on all of the error.
+# The parts of an error beside the sampling error are doubts that overlap: their sum is twice the root mean square of
+# the true errors. Intervals state this share of them, but all of a Gaussian's, and never less than ``LEAST_ERROR``. The
+# share was set on 138 data sets that judge nothing: those of laws by independent testers, whose truths were kept back
+# until then, are covered at 93 %, those of ``LAWS`` in benchmarks/known_laws.py, with which the families were made, at
+# 93 %, and data sets 16 and 17 of the other laws there, of which later ones judge, at 95 %, by process between 86 and
+# 100 %. The verdict rests on all of the error.
 CALIBRATED = 0.6
 MANY_COMPONENTS = 8
 # Most axes per row at which a quarter of the rows still spans all of them with room to spare.
@@ -295,7 +300,7 @@ class Judge:
         """What the chosen fits lack for want of the atoms of columns of few values, nats, and its error, (m,) each."""
         found = np.zeros((3, len(self.best)))
         for where, fit in self.chosen_fits():
-            lacks = lacking_columns(fit, self.sample.columns, self.anchors.take(where))
+            lacks = lacking_in_columns(fit, self.sample.columns, self.anchors.take(where))
             found[:, where] = lacks.kl, lacks.kl_reverse, lacks.error
         return Measured(*found)
 
@@ -419,7 +424,7 @@ class Judge:
         for where, fit in fits:
             tau = self.tau[where]
             out[where] = add_rates([fit.profile(tau, self.few, self.settings.seed), self.null.profile(tau, 0, 0)])
-            out[where] += lacking_columns_rates(fit, self.sample.columns, tau)[0]
+            out[where] += rates_lacking_in_columns(fit, self.sample.columns, tau)
         return out
 
     def mmse(self, fits: list[tuple[Rows, Fit]]) -> Array:
@@ -428,7 +433,7 @@ class Judge:
         for where, fit in fits:
             tau = self.tau[where]
             out[where] = fit.mmse(tau, self.few, self.settings.seed)
-            out[where] += lacking_columns_rates(fit, self.sample.columns, tau)[1]
+            out[where] += mmse_lacking_in_columns(fit, self.sample.columns, tau)
         return out
 
     def _point_mass(self) -> Estimate:

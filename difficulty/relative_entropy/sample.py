@@ -7,7 +7,7 @@ split. Counts that scatter less than draws of atoms would are the work of who ma
 Coordinates are those of the principal axes; axes without variance are kept apart and treated in closed form.
 """
 
-__all__ = ["FewValues", "Sample", "make_sample"]
+__all__ = ["DiscreteColumn", "Sample", "make_sample"]
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class FewValues:
+class DiscreteColumn:
     """A column that takes few values, projected onto the axes with variance.
 
     Args:
@@ -77,7 +77,7 @@ class Sample:
     discrete: bool
     missing: float
     step: float
-    columns: tuple[FewValues, ...] = ()
+    columns: tuple[DiscreteColumn, ...] = ()
 
     @property
     def n(self) -> int:
@@ -132,13 +132,13 @@ def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, steps:
     quantised = steps > 0
     varies = np.ptp(rows, axis=0) > 0
     step = 0.0
-    columns: tuple[FewValues, ...] = ()
+    columns: tuple[DiscreteColumn, ...] = ()
     if not discrete and quantised[varies].all():
         step = float(steps[varies].min()) if varies.any() else 0.0
     elif not discrete:
         # What is left of a column whose variance is rounding is no direction.
         kept = np.flatnonzero(quantised & ((axes**2).sum(1) > LEAST_SHARE))
-        columns = tuple(_few_values(rows[:, j], counts, mean @ axes, axes[j]) for j in kept)
+        columns = tuple(_discrete_column(rows[:, j], counts, mean @ axes, axes[j]) for j in kept)
     return Sample(rows @ axes, counts, values, mean @ axes, null_mean, rows.shape[1], discrete, missing, step, columns)
 
 
@@ -152,14 +152,14 @@ def _steps(rows: npt.NDArray[np.float32]) -> Array:
     return steps
 
 
-def _few_values(column: Array, counts: Array, mean: Array, unit: Array) -> FewValues:
+def _discrete_column(column: Array, counts: Array, mean: Array, unit: Array) -> DiscreteColumn:
     """A centred column, (n,), whose unit vector has the coordinates ``unit`` on the axes, as the mean has ``mean``."""
     share = float((unit**2).sum())
     direction = unit / np.sqrt(share)
     along, index = np.unique(column, return_inverse=True)
     values = along / np.sqrt(share) + mean @ direction
     weights = np.bincount(index, counts) / counts.sum()
-    return FewValues(direction, values, weights, float(np.diff(values).min()), share)
+    return DiscreteColumn(direction, values, weights, float(np.diff(values).min()), share)
 
 
 def _principal_axes(rows: Array, counts: Array) -> tuple[Array, Array]:

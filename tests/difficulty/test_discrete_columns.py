@@ -9,11 +9,15 @@ from difficulty.datasets import Dataset, split_samples
 from difficulty.laws import GaussianMixture
 from difficulty.process import get_process
 from difficulty.relative_entropy import kl
-from difficulty.relative_entropy.columns import lacking_columns, lacking_columns_rates
+from difficulty.relative_entropy.discrete_columns import (
+    lacking_in_columns,
+    mmse_lacking_in_columns,
+    rates_lacking_in_columns,
+)
 from difficulty.relative_entropy.fits import Fit, GaussianBlock, MixtureBlock, ProductBlock
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.pairs import make_pairs
-from difficulty.relative_entropy.sample import FewValues, make_sample
+from difficulty.relative_entropy.sample import DiscreteColumn, make_sample
 
 LEVELS = [2, 8, 32, 100, 220, 430]
 COUNTS = np.arange(20)
@@ -88,7 +92,7 @@ def test_columns_that_determine_each_other_count_as_the_directions_that_they_spa
 
 
 def column(values, weights):
-    return FewValues(np.array([1.0, 0.0]), np.asarray(values, float), np.asarray(weights), 1.0, 1.0)
+    return DiscreteColumn(np.array([1.0, 0.0]), np.asarray(values, float), np.asarray(weights), 1.0, 1.0)
 
 
 def test_a_gaussian_lacks_all_of_a_separated_column_and_a_fit_of_its_atoms_nothing():
@@ -100,16 +104,17 @@ def test_a_gaussian_lacks_all_of_a_separated_column_and_a_fit_of_its_atoms_nothi
     covariances = np.stack([np.diag(row) for row in other])
     law = GaussianMixture(weights, np.column_stack([COUNTS, np.zeros(len(COUNTS))]), covariances)
     columns = (column(COUNTS, weights),)
-    lacking = lacking_columns(smooth, columns, pairs)
+    lacking = lacking_in_columns(smooth, columns, pairs)
     known = gaussian_kl(pairs, np.array([variance, 1.0]), np.array([mean, 0.0])) + lacking.kl
     truth = exact_kl(atoms_law(COUNTS, weights), LEVELS) + gaussian_kl(pairs, np.ones(1), np.zeros(1))
     np.testing.assert_allclose(known[:-1], truth[:-1], rtol=0.03)
     assert (lacking.error[:2] < 0.11 * lacking.kl[:2]).all()
-    resolved = lacking_columns(Fit([(slice(0, 2), MixtureBlock(law))]), columns, pairs)
+    resolved = lacking_in_columns(Fit([(slice(0, 2), MixtureBlock(law))]), columns, pairs)
     np.testing.assert_allclose(resolved.kl / truth, 0.0, atol=1e-9)
     # The rates and the mmse of the whole, as those of the two independent columns.
     tau = pairs.tau[:3]
-    rates, mmse = lacking_columns_rates(smooth, columns, tau)
+    rates = rates_lacking_in_columns(smooth, columns, tau)
+    mmse = mmse_lacking_in_columns(smooth, columns, tau)
     exact = ProductBlock(np.ones((1, 1)), weights[None], COUNTS[None] * 1.0, np.zeros((1, len(COUNTS))))
     flat = GaussianBlock(np.ones(1), np.zeros(1))
     whole = exact.profile(tau, 0, 0) + flat.profile(tau, 0, 0)
