@@ -1,4 +1,4 @@
-"""Columns of few values among continuous ones: counts, labels, flags.
+"""Columns of few values, such as counts, labels and flags, among continuous ones or others of their kind.
 
 Where noise does not hide its steps such a column has the relative entropy of a law of atoms. A fit whose components do
 not resolve the atoms lacks that, and no test of its own time score shows a term that is missing from it. But the law of

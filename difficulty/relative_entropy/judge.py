@@ -15,8 +15,7 @@ For every pair (at most ``ANCHORS`` of them; others are interpolated, ``anchors`
 4. Test on held-out data (F6, ``heldout_tests``): the time score must predict the conditional one, must have the spread
    that the fit says, and the certified lower bound of *every* candidate must lie below the estimate. What a covariance
    of many dimensions makes of the first two for want of rows alone is taken off.
-5. Columns of few values among continuous ones: what the fit lacks for want of their atoms is added
-   (``discrete_columns``).
+5. Columns of few values: what the fit lacks for want of their atoms is added (``discrete_columns``).
 6. A pair is valid if its error allows to promise 30 % and no test objects to its fit, here or, beyond doubt, at other
    noise. Otherwise the reason says which one did, unless the bracket of certified bounds is itself narrow enough
    (``verdict``).
@@ -313,8 +312,9 @@ class Judge:
     def _capacity(self) -> Array:
         """Change of log KL to the next richer fit, which an edge, a tail or a curve makes differ, (m,).
 
-        Where the richest of a family is the best, from the next poorer one; also where a one-dimensional law takes so
-        many components that it is no mixture but a curve drawn with them.
+        Where the richest of a family is the best, from one with half as many components, which is as far from it as it
+        is from the truth if it errs by one over their number; also where a one-dimensional law takes so many that it is
+        no mixture but a curve drawn with them.
         """
         change = np.zeros(len(self.best))
         measured = {self.names[i]: fitted.kl for i, fitted in self.replicated.items()}
@@ -323,7 +323,8 @@ class Judge:
             kind = [c for c in self.pool if c.kind == top.kind]
             position = kind.index(top)
             smooth = top.family == "product" and top.components >= MANY_COMPONENTS
-            others = [kind[position - 1]] if position > 0 and (top == kind[-1] or smooth) else []
+            poorer = [c for c in kind if 2 * c.components <= top.components]
+            others = poorer[-1:] if top == kind[-1] or smooth else []
             others += kind[position + 1 : position + 2]
             rows = np.flatnonzero(self.best == i)
             # Rivals are fitted to all rows already.

@@ -34,6 +34,8 @@ FEWEST_FREEDOM, MOST_FREEDOM = 2.5, 100.0
 # Scales that stand for its mixing law: their largest distance in log variance, their number, and the mass that is left
 # out at either end.
 SCALE_STEP, MOST_SCALES, TAIL_MASS = 0.4, 64, 1e-7
+# Log odds of the first and last quantile of a start: one row in 400 lies beyond either.
+LOG_ODDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,25 @@ def fit_scale_mixture(
         iterations: of expectation-maximisation.
     """
     x, w = torch.from_numpy(rows), torch.from_numpy(counts)
+    # Even quantiles find scales that are about as frequent, even log odds also those of few rows far out.
+    even = torch.linspace(0.1, 0.98, components, dtype=x.dtype)
+    odds = torch.linspace(-LOG_ODDS, LOG_ODDS, components, dtype=x.dtype).sigmoid()
+    fits = [_scales_from(x, w, quantiles, floor, iterations) for quantiles in (even, odds)]
+    return max(fits, key=lambda fit: fit[0])[1]
+
+
+def _scales_from(
+    x: Tensor, w: Tensor, quantiles: Tensor, floor: float, iterations: int
+) -> tuple[float, GaussianMixture]:
+    """Log-likelihood and fit from scales at these quantiles of the distance."""
     d = x.shape[1]
     eye = torch.eye(d, dtype=x.dtype)
     mean = (w @ x) / w.sum()
     centred = x - mean
     shape = (centred * w[:, None]).T @ centred / w.sum() + floor * eye
     distance = _mahalanobis(centred, shape)
-    levels = torch.quantile(distance, torch.linspace(0.1, 0.98, components, dtype=x.dtype)) / d
-    scales, weights = levels.clamp(min=1e-3), torch.full((components,), 1 / components, dtype=x.dtype)
+    scales = (torch.quantile(distance, quantiles) / d).clamp(min=1e-3)
+    weights = torch.full_like(scales, 1 / len(scales))
     for _ in range(iterations):
         log_joint = weights.log()[:, None] - 0.5 * (distance / scales[:, None] + d * scales.log()[:, None])
         r = torch.softmax(log_joint, 0) * w
@@ -123,9 +136,10 @@ def fit_scale_mixture(
         distance = _mahalanobis(centred, shape)
         scales = ((r @ distance) / (d * mass)).clamp(min=1e-12)
         weights = mass / mass.sum()
-    return GaussianMixture(
-        weights.numpy(), mean.expand(len(scales), d).numpy(), (scales[:, None, None] * shape).numpy()
-    )
+    log_joint = weights.log()[:, None] - 0.5 * (distance / scales[:, None] + d * scales.log()[:, None])
+    likelihood = float(w @ torch.logsumexp(log_joint, 0) - 0.5 * w.sum() * torch.logdet(shape))
+    covariances = (scales[:, None, None] * shape).numpy()
+    return likelihood, GaussianMixture(weights.numpy(), mean.expand(len(scales), d).numpy(), covariances)
 
 
 def fit_student(rows: Array, counts: Array, floor: float, iterations: int = 60) -> tuple[Array, Array, float]:

@@ -65,7 +65,7 @@ class Sample:
         discrete: whether the law consists of atoms that the sample repeats.
         missing: share of the draws that occurred only once; of a discrete law about the share that was not seen (Good).
         step: smallest step between the values of a coordinate if all of them are quantised, otherwise 0.
-        columns: coordinates of few values if others are continuous, otherwise none.
+        columns: coordinates of few values; none if the law is discrete as a whole.
     """
 
     rows: Array
@@ -133,9 +133,9 @@ def _arranged(rows: Array, counts: Array, discrete: bool, missing: float, steps:
     varies = np.ptp(rows, axis=0) > 0
     step = 0.0
     columns: tuple[DiscreteColumn, ...] = ()
-    if not discrete and quantised[varies].all():
-        step = float(steps[varies].min()) if varies.any() else 0.0
-    elif not discrete:
+    if not discrete:
+        if varies.any() and quantised[varies].all():
+            step = float(steps[varies].min())
         # What is left of a column whose variance is rounding is no direction.
         kept = np.flatnonzero(quantised & ((axes**2).sum(1) > LEAST_SHARE))
         columns = tuple(_discrete_column(rows[:, j], counts, mean @ axes, axes[j]) for j in kept)

@@ -51,6 +51,8 @@ class Limits:
 
     Args:
         error: largest standard error; its interval of 90 % just keeps the promise.
+        spread: largest sampling error. It is no doubt that may be overstated, as other parts of the error are, so that
+            the interval of 99 % must keep the promise.
         bias: largest bias that refits to parts of the data may leave in doubt.
         cross: tolerated difference of the estimate from its held-out cross value, beyond ``tested`` standard errors.
         second_moment: the same for Var[f] on held-out rows above that under the fit, as an overfit makes it.
@@ -67,6 +69,7 @@ class Limits:
     """
 
     error: float = 0.15
+    spread: float = 0.1
     bias: float = 0.3
     cross: float = 0.15
     second_moment: float = 0.15
@@ -156,7 +159,7 @@ def objections(
             "the third and fourth moments of the data refute the fit",
         ),
         (share * found.bias > LIMITS.bias, "too few samples: half of them give a much different value"),
-        (share * found.spread > LIMITS.error, "too few samples: refits to halves of them disagree"),
+        (share * found.spread > LIMITS.spread, "too few samples: refits to halves of them disagree"),
         (share * found.rivals > LIMITS.error, "fits that held-out data cannot tell apart disagree"),
         (share * found.error > LIMITS.error, "the errors of sample, fit and draws add up to too much"),
         (

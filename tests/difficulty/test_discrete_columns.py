@@ -71,14 +71,16 @@ def test_marginals_of_every_kind_of_fit_are_those_of_its_draws(fits):
         np.testing.assert_allclose(weights @ (variances + (means - mean) ** 2), along.var(), rtol=0.2)
 
 
-def test_columns_of_few_values_are_found_among_continuous_ones_only():
+def test_columns_of_few_values_are_found():
     rows = table_rows(2000, 0)
     found = make_sample(split_samples("table", rows)).columns
     assert [len(column.values) for column in found] == [len(np.unique(rows[:, 0])), 2]
     assert [column.step for column in found] == pytest.approx([1.0, 1.0])
     np.testing.assert_allclose([column.share for column in found], 1.0)
     assert not make_sample(split_samples("continuous", rows[:, 2:])).columns
-    assert not make_sample(split_samples("quantised", np.round(4 * rows))).columns
+    quantised = make_sample(split_samples("quantised", np.round(4 * rows)))
+    assert len(quantised.columns) == 5
+    assert quantised.step == 1.0
 
 
 def test_columns_that_determine_each_other_count_as_the_directions_that_they_span():

@@ -828,7 +828,7 @@ def test_heavy_tails_are_measured_where_a_student_fits_them():
 
 def test_a_skewed_law_whose_farthest_rows_dominate_its_fourth_moments_is_measured_all_the_same():
     rows = 1.5 - np.random.default_rng(4).lognormal(0, 0.6, (2200, 1))
-    pairs = [100, 220, 430, 800]
+    pairs = [100, 150, 220, 320]
     table = kl(split_samples("skewed", rows.astype(np.float32)), "vp-linear", pairs=pairs)
     z = np.linspace(-6, 6, 6001)
     x0, weights = 1.5 - np.exp(0.6 * z), norm.pdf(z) * (z[1] - z[0])
