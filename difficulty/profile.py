@@ -38,6 +38,7 @@ from difficulty.relative_entropy.judge import Judge
 from difficulty.relative_entropy.mixture_means import mixture_rates
 from difficulty.relative_entropy.pairs import make_pairs
 from difficulty.relative_entropy.sample import make_sample
+from difficulty.relative_entropy.score import LARGEST_STEP
 from difficulty.relative_entropy.unmixing import quiet_unmixing
 from difficulty.threads import one_thread, together
 
@@ -48,8 +49,9 @@ NAMES = ("A", "B", "C", "i_min", "mmse", "one_plus_b_over_c")
 SIGNED = ("B", "one_plus_b_over_c")
 PARTS = ("", "_se", "_ci_low", "_ci_high")
 PROFILE_COLUMNS = ("log_snr", *(name + part for name in NAMES for part in PARTS), "valid", "reason")
-# A step of log s beyond which the quadratic formula is off by more than about 10 %.
-LARGEST_STEP = 0.4
+# The next order in the step dtau, -1/12 E[f^3] (F4), is -2/3 dtau of the whole for a point mass, whose F is chi-squared
+# (less for a density): the end of an interval of 90 %.
+THIRD_ORDER = 2 / 3 / Z90
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +112,7 @@ class Profile:
             direct = (steps * spreads).sum(0)
         # 0/0 where a rate is exactly zero: no error.
         se = np.minimum(np.sqrt((np.nan_to_num(errors).clip(-1e100, 1e100) ** 2).sum(0)), direct)
+        se = np.hypot(se, THIRD_ORDER * dtau * kl)
         known = np.interp(at, self.tau, self.table["valid"].to_numpy(dtype=float)) > 0.999
         reasons = [
             (~inside, "outside the log-SNR range of the profile"),

@@ -52,7 +52,7 @@ class Limits:
     Args:
         error: largest standard error; its interval of 90 % just keeps the promise.
         spread: largest sampling error. It is no doubt that may be overstated, as other parts of the error are, so that
-            the interval of 99 % must keep the promise.
+            the interval of 97 % must keep the promise.
         bias: largest bias that refits to parts of the data may leave in doubt.
         cross: tolerated difference of the estimate from its held-out cross value, beyond ``tested`` standard errors.
         second_moment: the same for Var[f] on held-out rows above that under the fit, as an overfit makes it.
@@ -69,7 +69,7 @@ class Limits:
     """
 
     error: float = 0.15
-    spread: float = 0.1
+    spread: float = 0.12
     bias: float = 0.3
     cross: float = 0.15
     second_moment: float = 0.15

@@ -50,6 +50,19 @@ def test_profile_of_an_isotropic_gaussian_is_the_closed_form():
     np.testing.assert_allclose(profile.mmse, 3 * 0.25 * b, rtol=1e-9)
 
 
+@pytest.mark.parametrize("process", ["vp-linear", "vp-cosine", "flow-matching"])
+def test_intervals_of_a_profile_allow_for_long_steps(process):
+    # The first steps are the longest. A point mass has the largest third order.
+    derived = measure_profile("gaussian:dim=3,var=1e-9").kl(process).set_index("t").loc[2:30]
+    direct = kl("gaussian:dim=3,var=1e-9", process, pairs=list(range(2, 31))).set_index("t").kl
+    assert not derived.valid[2]
+    assert "too large" in derived.reason[2] or "outside" in derived.reason[2]
+    valid = derived[derived.valid]
+    assert len(valid) > 20
+    direct = direct[valid.index]
+    assert ((valid.ci_low < direct) & (direct < valid.ci_high)).all()
+
+
 def test_profile_of_samples_agrees_with_that_of_their_law():
     law = measure_profile("gaussian:dim=3,var=0.25", points=12, log_snr=(2, -4)).table
     rows = np.random.default_rng(0).standard_normal((3000, 3)).astype(np.float32) * 0.5
