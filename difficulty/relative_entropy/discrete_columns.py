@@ -14,7 +14,7 @@ The columns are those of the data as given: after a rotation none is discrete, a
 
 __all__ = ["lacking_in_columns", "mmse_lacking_in_columns", "rates_lacking_in_columns"]
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import DiscreteColumn
 
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
 Columns = tuple[DiscreteColumn, ...]
 
 # Error of what is added for a column, as a share of it: where its values lie so many standard deviations of the noise
@@ -35,41 +36,39 @@ def lacking_in_columns(fit: Fit, columns: Columns, pairs: Pairs) -> Measured:
     """Relative entropies that a fit lacks at m pairs for want of the atoms of columns, nats, (m,), and their error."""
     kl, kl_reverse, error = np.zeros((3, len(pairs)))
     noise = np.exp(pairs.tau)
-    for column in columns:
-        near = np.flatnonzero(noise < column.step)
-        if len(near):
-            atoms, marginal = (block.measure(pairs.take(near), 0, 0) for block in _laws(fit, column))
-            lacking = column.share * (atoms.kl - marginal.kl)
-            kl[near] += lacking
-            kl_reverse[near] += column.share * (atoms.kl_reverse - marginal.kl_reverse)
-            error[near] += np.where(APART * noise[near] < column.step, DOUBT_APART, DOUBT) * np.abs(lacking)
+    for column, near, laws in _where_it_matters(fit, columns, pairs.tau):
+        atoms, marginal = (law.measure(pairs.take(near), 0, 0) for law in laws)
+        lacking = column.share * (atoms.kl - marginal.kl)
+        kl[near] += lacking
+        kl_reverse[near] += column.share * (atoms.kl_reverse - marginal.kl_reverse)
+        error[near] += np.where(APART * noise[near] < column.step, DOUBT_APART, DOUBT) * np.abs(lacking)
     return Measured(kl, kl_reverse, error)
 
 
 def rates_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of A, B, C, I_min (F5) at m levels of log noise scale, shape (m, 4)."""
-    return _lacking(np.zeros((len(tau), 4)), fit, columns, tau, lambda block, at: block.profile(at, 0, 0))
+    total = np.zeros((len(tau), 4))
+    for column, near, (atoms, marginal) in _where_it_matters(fit, columns, tau):
+        total[near] += column.share * (atoms.profile(tau[near], 0, 0) - marginal.profile(tau[near], 0, 0))
+    return total
 
 
 def mmse_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of the mmse, shape (m,); not positive, since atoms are easier to tell than what is smooth."""
-    return _lacking(np.zeros(len(tau)), fit, columns, tau, lambda block, at: block.mmse(at, 0, 0))
-
-
-def _lacking(
-    total: Array, fit: Fit, columns: Columns, tau: Array, measure: Callable[[ProductBlock, Array], Array]
-) -> Array:
-    """Add to ``total`` what a fit lacks of a quantity at levels of log noise scale."""
-    for column in columns:
-        near = np.flatnonzero(np.exp(tau) < column.step)
-        if len(near):
-            atoms, marginal = (measure(block, tau[near]) for block in _laws(fit, column))
-            total[near] += column.share * (atoms - marginal)
+    total = np.zeros(len(tau))
+    for column, near, (atoms, marginal) in _where_it_matters(fit, columns, tau):
+        total[near] += column.share * (atoms.mmse(tau[near], 0, 0) - marginal.mmse(tau[near], 0, 0))
     return total
 
 
-def _laws(fit: Fit, column: DiscreteColumn) -> tuple[ProductBlock, ProductBlock]:
-    """The column's law of atoms and the marginal of the fit on it."""
+def _where_it_matters(
+    fit: Fit, columns: Columns, tau: Array
+) -> Iterator[tuple[DiscreteColumn, Rows, tuple[ProductBlock, ProductBlock]]]:
+    """Each column with the levels whose noise shows its steps, its law of atoms and the fit's marginal on it."""
     one = np.ones((1, 1))
-    atoms = ProductBlock(one, column.weights[None], column.values[None], np.zeros((1, len(column.values))))
-    return atoms, ProductBlock(one, *(part[None] for part in fit.marginal(column.direction)))
+    for column in columns:
+        near = np.flatnonzero(np.exp(tau) < column.step)
+        if len(near):
+            atoms = ProductBlock(one, column.weights[None], column.values[None], np.zeros((1, len(column.values))))
+            marginal = ProductBlock(one, *(part[None] for part in fit.marginal(column.direction)))
+            yield column, near, (atoms, marginal)

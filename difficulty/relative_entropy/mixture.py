@@ -123,9 +123,12 @@ def _scales_from(
     distance = _mahalanobis(centred, shape)
     scales = (torch.quantile(distance, quantiles) / d).clamp(min=1e-3)
     weights = torch.full_like(scales, 1 / len(scales))
+
+    def log_joint() -> Tensor:
+        return weights.log()[:, None] - 0.5 * (distance / scales[:, None] + d * scales.log()[:, None])
+
     for _ in range(iterations):
-        log_joint = weights.log()[:, None] - 0.5 * (distance / scales[:, None] + d * scales.log()[:, None])
-        r = torch.softmax(log_joint, 0) * w
+        r = torch.softmax(log_joint(), 0) * w
         mass = r.sum(1)
         keep = mass > 1e-6 * w.sum()
         r, scales, mass = r[keep], scales[keep], mass[keep]
@@ -136,8 +139,7 @@ def _scales_from(
         distance = _mahalanobis(centred, shape)
         scales = ((r @ distance) / (d * mass)).clamp(min=1e-12)
         weights = mass / mass.sum()
-    log_joint = weights.log()[:, None] - 0.5 * (distance / scales[:, None] + d * scales.log()[:, None])
-    likelihood = float(w @ torch.logsumexp(log_joint, 0) - 0.5 * w.sum() * torch.logdet(shape))
+    likelihood = float(w @ torch.logsumexp(log_joint(), 0) - 0.5 * w.sum() * torch.logdet(shape))
     covariances = (scales[:, None, None] * shape).numpy()
     return likelihood, GaussianMixture(weights.numpy(), mean.expand(len(scales), d).numpy(), covariances)
 

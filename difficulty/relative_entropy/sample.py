@@ -39,16 +39,19 @@ class DiscreteColumn:
 
     Args:
         direction: unit vector along these axes, shape (r,).
-        values, weights: what it takes along that direction and how often, shape (v,); the weights sum to 1.
-        step: smallest step between the values.
+        values, weights: what it takes along that direction, rising, and how often, shape (v,); the weights sum to 1.
         share: squared length of the column's own unit vector on these axes, 1 unless others determine it.
     """
 
     direction: Array
     values: Array
     weights: Array
-    step: float
     share: float
+
+    @property
+    def step(self) -> float:
+        """Smallest step between the values."""
+        return float(np.diff(self.values).min())
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +162,7 @@ def _discrete_column(column: Array, counts: Array, mean: Array, unit: Array) -> 
     along, index = np.unique(column, return_inverse=True)
     values = along / np.sqrt(share) + mean @ direction
     weights = np.bincount(index, counts) / counts.sum()
-    return DiscreteColumn(direction, values, weights, float(np.diff(values).min()), share)
+    return DiscreteColumn(direction, values, weights, share)
 
 
 def _principal_axes(rows: Array, counts: Array) -> tuple[Array, Array]:

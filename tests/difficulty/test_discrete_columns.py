@@ -94,7 +94,7 @@ def test_columns_that_determine_each_other_count_as_the_directions_that_they_spa
 
 
 def column(values, weights):
-    return DiscreteColumn(np.array([1.0, 0.0]), np.asarray(values, float), np.asarray(weights), 1.0, 1.0)
+    return DiscreteColumn(np.array([1.0, 0.0]), np.asarray(values, float), np.asarray(weights), 1.0)
 
 
 def test_a_gaussian_lacks_all_of_a_separated_column_and_a_fit_of_its_atoms_nothing():
@@ -102,8 +102,7 @@ def test_a_gaussian_lacks_all_of_a_separated_column_and_a_fit_of_its_atoms_nothi
     weights = COUNT_WEIGHTS / COUNT_WEIGHTS.sum()
     mean, variance = weights @ COUNTS, weights @ (COUNTS - weights @ COUNTS) ** 2
     smooth = Fit([(slice(0, 2), GaussianBlock(np.array([variance, 1.0]), np.array([mean, 0.0])))])
-    other = np.tile([0.0, 1.0], (len(COUNTS), 1)) * np.eye(2)[1]
-    covariances = np.stack([np.diag(row) for row in other])
+    covariances = np.tile(np.diag([0.0, 1.0]), (len(COUNTS), 1, 1))
     law = GaussianMixture(weights, np.column_stack([COUNTS, np.zeros(len(COUNTS))]), covariances)
     columns = (column(COUNTS, weights),)
     lacking = lacking_in_columns(smooth, columns, pairs)
@@ -129,7 +128,7 @@ def test_a_table_with_a_count_and_a_flag_is_measured_at_every_noise():
     pairs = make_pairs(get_process("vp-linear"), LEVELS)
     weights = COUNT_WEIGHTS / COUNT_WEIGHTS.sum()
     means = np.array([[0.0, -0.5, -0.5], [1.0, 1.5, 1.5]])
-    covariances = np.stack([np.diag([0.0, 0.25, 0.25])] * 2)
+    covariances = np.tile(np.diag([0.0, 0.25, 0.25]), (2, 1, 1))
     clusters = exact_kl(GaussianMixture([0.7, 0.3], means, covariances), LEVELS)
     counts = exact_kl(atoms_law(COUNTS, weights), LEVELS)
     truth = counts + clusters + gaussian_kl(pairs, np.ones(1), np.zeros(1))

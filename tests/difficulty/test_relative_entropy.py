@@ -26,6 +26,7 @@ from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.mixture import (
     MixtureOptions,
     fit_mixture,
+    fit_scale_mixture,
     fit_student,
     responsibilities,
     student_scales,
@@ -687,13 +688,13 @@ def test_tables_have_the_documented_columns():
     assert (table.t == np.arange(2, 1001)).all()
 
 
-# What trains a network has tests of its own.
 def test_the_last_pair_alone_whose_rate_has_no_level_is_what_it_is_among_others():
     alone, among = (kl("grid-2d", "flow-matching", pairs=pairs).iloc[-1] for pairs in ([1000], [500, 1000]))
     assert (alone.t, np.isnan(alone.i_min), np.isnan(among.i_min)) == (1000, True, True)
     assert alone.kl == pytest.approx(among.kl, rel=1e-12)
 
 
+# What trains a network has tests of its own.
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("exact", "score")])
 def test_every_estimator_works_on_samples(estimator):
     table = kl(split_samples("rows", samples_of(gaussian(3, 0.5), 500)), "ve", estimator=estimator, pairs=[300, 700])
@@ -799,6 +800,16 @@ def test_student_is_a_mixture_of_scales_to_four_digits_of_its_density_and_its_fi
     assert abs(np.log(found / nu)) < 0.3
     np.testing.assert_allclose(location, np.zeros(d), atol=0.15)
     np.testing.assert_allclose(shape, np.eye(d), atol=0.15)
+
+
+def test_scales_of_a_few_rows_far_out_are_found():
+    rng = np.random.default_rng(3)
+    scales = rng.choice([1.0, 9.0, 60.0], 4000, p=[0.9, 0.08, 0.02])
+    rows = rng.standard_normal((4000, 24)) * np.sqrt(scales)[:, None]
+    law = fit_scale_mixture(rows, np.ones(4000), 8, 1e-9)
+    variances, weights = law.eigenvalues.mean(1).numpy(), law.log_weights.exp().numpy()
+    for scale, share in ((1.0, 0.9), (9.0, 0.08), (60.0, 0.02)):
+        assert weights[np.abs(np.log(variances / scale)) < 0.5].sum() == pytest.approx(share, rel=0.15)
 
 
 def test_weighted_draws_of_a_law_with_rare_wide_components_give_the_same_relative_entropy():

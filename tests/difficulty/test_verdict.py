@@ -14,12 +14,13 @@ from difficulty.relative_entropy.verdict import LIMITS, Findings, objections
 LEVELS = [200, 300, 400]
 
 
-def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), columns=0.0, **contradicted) -> list[str]:
+def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), columns=0.0, spread=0.01, **contradicted) -> list[str]:
     """Reasons at three levels for a fit without fault, but for the logs of the figures that are given, (3,) each.
 
     Args:
         sample, families: the data, and the candidate chosen at each level.
         lacking: shares of the KL that the fit lacks.
+        spread: sampling error.
         columns: error of what was added for columns of few values, as a share of the KL.
         contradicted: what is added to held-out figures, whose standard error is 0.01.
     """
@@ -29,7 +30,7 @@ def verdicts(sample: Sample, families, lacking=(0.0, 0.0, 0.0), columns=0.0, **c
     zero, small = np.zeros(3), np.full(3, 0.01)
     tested = heldout_tests.Tested(**{name: np.stack([value, small], 1) for name, value in figures.items()})
     lacks = np.exp(log_kl)[:, None] * np.stack([np.asarray(lacking), small], 1)
-    found = Findings(log_kl, zero, small, zero, zero, small, zero, tested, lacks, families)
+    found = Findings(log_kl, zero, small, zero, zero, np.full(3, spread), zero, tested, lacks, families)
     pairs = make_pairs(get_process("vp-linear"), LEVELS)
     return objections(sample, pairs, found, np.ones(3), np.exp(log_kl), columns * np.exp(log_kl)).tolist()
 
@@ -94,3 +95,9 @@ def test_what_is_added_for_columns_of_few_values_must_not_be_too_uncertain(sampl
     families = [Candidate("gaussian")] * 3
     assert verdicts(sample, families, columns=0.14) == [""] * 3
     assert all("few values" in reason for reason in verdicts(sample, families, columns=0.16))
+
+
+def test_a_sampling_error_that_would_break_the_promise_too_often_is_refused(sample):
+    families = [Candidate("mixture", 4, 3.0)] * 3
+    assert verdicts(sample, families, spread=0.11) == [""] * 3
+    assert all("refits to halves" in reason for reason in verdicts(sample, families, spread=0.13))
