@@ -23,10 +23,11 @@ def accuracy_sentence():
     row, laws = table[table["law"] == "(all)"].iloc[0], (table["law"] != "(all)").sum()
     return (
         f"{row['pairs']:.0f} pairs of {laws} laws under VP-linear, estimator {row['estimator']}: "
-        f"{row['valid']:.0%} valid ({row['valid_65_651']:.0%} of those with 65 <= t <= 651); of the valid ones the "
-        f"median error is {row['median_error']:.1%}, the worst {row['worst_error']:.0%}, "
+        f"{row['valid']:.0%} valid ({row['valid_65_651']:.0%} [{row['valid_65_651_low']:.0%}, "
+        f"{row['valid_65_651_high']:.0%}] of those with 65 <= t <= 651); of the valid ones the median error is "
+        f"{row['median_error']:.1%}, the worst {row['worst_error']:.0%}, "
         f"{row['beyond_30_percent']:.0f} are off by more than 30%, and the 90% intervals hold the truth in "
-        f"{row['coverage']:.0%}."
+        f"{row['coverage']:.0%} [{row['coverage_low']:.0%}, {row['coverage_high']:.0%}]."
     )
 
 

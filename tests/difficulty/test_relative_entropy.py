@@ -415,6 +415,15 @@ def test_a_narrow_bracket_is_an_answer_where_the_fit_is_refused():
     assert np.isfinite(many.kl).all()
 
 
+def test_the_richest_mixture_is_refused_where_one_of_half_as_many_components_is_far_from_it():
+    # The next poorer one is 25 % lower and the ring 30 % higher: a curve is drawn with ever more components.
+    law, pairs = Ring(6, 1.5), [2, 16]
+    table = kl(split_samples("ring", samples_of(law, 2000)), "ve", pairs=pairs, bootstrap=4)
+    truth = kl(exact_dataset(law), "ve", pairs=pairs).kl
+    assert (table.estimator == "bracket").all()
+    assert ((table.ci_low < truth) & (truth < table.ci_high)).all()
+
+
 @pytest.mark.parametrize("kind", ["sphere", "radial tails", "bananas", "cube"])
 def test_axes_are_independent_only_if_their_powers_do_not_covary(kind):
     rng = np.random.default_rng(1)
