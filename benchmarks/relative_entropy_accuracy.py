@@ -41,7 +41,7 @@ PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
     *(("auto", process, SOME, tuple(range(120, 126))) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
     *((name, "vp-linear", SOME, tuple(range(120, 128))) for name in ("gaussian", "mixture")),
     ("empirical", "vp-linear", SOME, (59, 60)),
-    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (56, 57)),
+    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (120, 121)),
     ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (121,)),
 ]
 DECEIVING_PLAN = [("auto", "vp-linear", tuple(DECEIVING), (120, 121))]

@@ -220,22 +220,24 @@ def _judge(found: list[Measured], early: Measured | None) -> tuple[float, float,
     kl, cross, energy = (float(np.mean([getattr(one, name) for one in found])) for name in ("kl", "cross", "energy"))
     cross_se = float(np.sqrt(np.sum([one.cross_se**2 for one in found]))) / len(found)
     slope = cross / energy if energy > 0 else 0.0
-    bound = max(cross, 0.0) * max(slope, 0.0)
     if slope < UNUSABLE_SLOPE or cross_se > UNUSABLE_ERROR * cross:
-        value = max(bound, kl, 1e-300)
-        return value, 1.0, f"the time score is not calibrated here; only the lower bound {bound:.3g} nat holds (F6)"
+        # The bound is of second order in the step; the fit says what the others make of it.
+        least = cross - Z90 * cross_se
+        likely, sure = ((max(c, 0.0) / energy) ** 2 * kl if energy > 0 else 0.0 for c in (cross, least))
+        text = f"the time score is not calibrated here; only the lower bound {sure:.3g} nat holds (F6)"
+        return max(likely, kl, 1e-300), 1.0, text
     value = _value(kl, cross, energy, found[0].integrated)
     logs = np.log(np.maximum([_value(one.kl, one.cross, one.energy, one.integrated) for one in found], 1e-300))
     between = float(logs.std(ddof=1)) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
     within = float(np.sqrt(np.sum([one.se**2 for one in found]))) / len(found) / value
-    gap = 2 * abs(np.log(slope)) if found[0].integrated else abs(np.log(value / bound))
+    # Bounds are of second order in the step and compared with what is.
+    estimate = _second_order(cross, energy, found[0].integrated)
+    gap = abs(np.log(estimate / (cross * slope)))
     # The bound is a square of cross: its own noise would otherwise count as a distance.
     gap = max(gap - Z90 * 2 * cross_se / cross, 0.0)
     change = 0.0
     if early is not None:
         change = float(logs[0] - np.log(max(_value(early.kl, early.cross, early.energy, early.integrated), 1e-300)))
-    # A step that was integrated is no square: its mean energy at the nodes is compared.
-    estimate = energy if found[0].integrated else value
     short = 0.0
     for log_bound, bound_se in zip(*_rival_bounds(found), strict=True):
         excess = float(log_bound - np.log(estimate))
@@ -255,9 +257,15 @@ def _rival_bounds(found: list[Measured]) -> Array:
 
 
 def _value(kl: float, cross: float, energy: float, integrated: bool) -> float:
+    """The KL as far as the time score is calibrated: its second order, and the rest in the share that the fit says."""
+    return _second_order(cross, energy, integrated) * kl / energy if energy > 0 else kl
+
+
+def _second_order(cross: float, energy: float, integrated: bool) -> float:
+    """1/2 E[f^2] of the true f from that of an approximate one."""
     slope = cross / energy if energy > 0 else 0.0
     if integrated or LOW_SLOPE <= slope <= HIGH_SLOPE:
-        return kl
+        return energy
     return cross if slope < LOW_SLOPE else cross * slope
 
 

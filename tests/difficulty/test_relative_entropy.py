@@ -415,6 +415,18 @@ def test_a_narrow_bracket_is_an_answer_where_the_fit_is_refused():
     assert np.isfinite(many.kl).all()
 
 
+@pytest.mark.parametrize("process", ["flow-matching", "vp-linear"])
+def test_what_a_step_adds_beyond_its_second_order_is_no_error_of_the_fit(process):
+    # Thinner than the noise along two axes: 1/2 E[f^2] is up to a fifth more than the KL.
+    variances, pairs = np.array([1.0, 1.0, 1e-7, 1e-7]), [3, 4, 8]
+    rows = np.random.default_rng(0).standard_normal((2000, 4)) * np.sqrt(variances)
+    table = kl(split_samples("thin", rows.astype(np.float32)), process, pairs=pairs, bootstrap=4)
+    truth = gaussian_kl(make_pairs(get_process(process), pairs), variances, np.zeros(4))
+    assert table.valid.all()
+    assert (table.ci_high / table.ci_low < 1.06).all()
+    np.testing.assert_allclose(table.kl, truth, rtol=0.02)
+
+
 def test_the_richest_mixture_is_refused_where_one_of_half_as_many_components_is_far_from_it():
     # The next poorer one is 25 % lower and the ring 30 % higher: a curve is drawn with ever more components.
     law, pairs = Ring(6, 1.5), [2, 16]
