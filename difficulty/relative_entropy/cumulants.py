@@ -5,7 +5,10 @@ its held-out tests look in, while its relative entropy is another one. Two quest
 
 Is the fit refuted? The radius r = sum_i z_i^2 sums what is small along each axis. Its variance in the rows must be
 that in draws of the fit, standardised as the rows are, to ``REFUTED`` standard deviations of such draws, at every
-level: there is one law behind all of them, and parts that are too wide and too narrow may cancel at one.
+level: there is one law behind all of them, and parts that are too wide and too narrow may cancel at one. A law of one
+radius for all axes has that of the data whatever they are, and of all laws with it the smallest fourth cumulants: there
+their squared norm in the whitened rows must not exceed that in the draws by so much. Of independent parts it is about
+D/3 times as large.
 
 How much is lacking, if it is? With y = alpha x0 + sigma eps and z = y/sqrt(v), v = alpha^2 lam + sigma^2 along the
 principal axes, noise adds nothing to the cumulants kappa_k for k > 2, and to first order in them
@@ -52,11 +55,12 @@ MOST_ROWS, CHUNK = 3000, 512
 
 
 def lacking(
-    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool, threads: int = 1
-) -> Array:
+    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool, radial: bool = False,
+    threads: int = 1,
+) -> Array:  # fmt: skip
     """Relative entropy that the cumulants of the rows have and those of a fit do not, nats, and its error, (m, 2).
 
-    Both are 0 if the radius refutes the fit at no level, and at levels without an end.
+    Both are 0 if neither the radius nor the fourth cumulants refute the fit, and at levels without an end.
 
     Args:
         rows: along principal axes, shape (n, r).
@@ -64,6 +68,7 @@ def lacking(
         eigenvalues: variances of the rows along the axes, shape (r,).
         pairs: m pairs of noise levels.
         gaussian: whether the fit is Gaussian and has no such cumulants.
+        radial: whether it is a law of one radius for all axes.
         threads: levels side by side.
     """
     x, *references = (_standard(part, eigenvalues) for part in (rows, *drawn))
@@ -71,10 +76,11 @@ def lacking(
     found = np.zeros((len(pairs), 2))
     finite = np.flatnonzero(np.isfinite(pairs.tau) & np.isfinite(pairs.dtau) & np.isfinite(pairs.dlog_alpha))
     totals = eigenvalues + np.exp(2 * pairs.tau[finite])[:, None]
-    if not any(_refuted(square, expected_squares, total) for total in totals):
-        return found
     first, second, reference = (part[:MOST_ROWS] for part in (x, *references[:2]))
     other = None if gaussian else reference
+    by_radius = any(_refuted(square, expected_squares, total) for total in totals)
+    if not by_radius and not (radial and _more_than_a_radius(x, references, eigenvalues)):
+        return found
 
     def beyond(j: int, total: Array) -> tuple[float, float]:
         w = 2 * math.exp(2 * pairs.tau[j]) / total * pairs.dtau[j] + pairs.dlog_alpha[j]
@@ -91,6 +97,13 @@ def _refuted(square: Array, expected_squares: Sequence[Array], total: Array) -> 
     """Whether the variance of the radius is not that of the draws at a level of variances ``total``."""
     expected = np.array([(part @ (1 / total)).var() for part in expected_squares])
     return bool(abs((square @ (1 / total)).var() - expected.mean()) > REFUTED * expected.std(ddof=1))
+
+
+def _more_than_a_radius(x: Array, drawn: Sequence[Array], eigenvalues: Array) -> bool:
+    """Whether the squared norm of the fourth cumulants of whitened rows is beyond that of draws of the fit."""
+    white = np.ones(x.shape[1])
+    value, *expected = (_norm_squared(4, [part[:MOST_ROWS] / np.sqrt(eigenvalues)], white)[0] for part in (x, *drawn))
+    return value - np.mean(expected) > REFUTED * np.std(expected, ddof=1)
 
 
 def _norms(x: Array, y: Array | None, covariance: Array, w: Array, total: Array) -> tuple[float, float]:

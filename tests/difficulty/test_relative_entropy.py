@@ -21,7 +21,7 @@ from difficulty.relative_entropy.exact import kl_of_law, law_draws
 from difficulty.relative_entropy.families import Candidate, fit_axes
 from difficulty.relative_entropy.fits import Fit, MixtureBlock
 from difficulty.relative_entropy.gaussian import gaussian_kl
-from difficulty.relative_entropy.judge import Judge
+from difficulty.relative_entropy.judge import CALIBRATED, Judge
 from difficulty.relative_entropy.kernel import MixtureKernel
 from difficulty.relative_entropy.mixture import (
     MixtureOptions,
@@ -607,7 +607,7 @@ def test_a_certified_bound_above_the_estimate_is_an_error_of_it(monkeypatch):
     monkeypatch.setattr(heldout_tests.HeldoutTests, "test", above)
     after = kl(data, "vp-linear", pairs=[300], estimator="gaussian")
     assert after.kl[0] == before.kl[0]
-    assert np.log(after.ci_high / after.kl)[0] > 0.9 * Z90 * 0.1 > np.log(before.ci_high / before.kl)[0]
+    assert np.log(after.ci_high / after.kl)[0] > Z90 * CALIBRATED * 0.1 > np.log(before.ci_high / before.kl)[0]
 
 
 def test_copied_rows_are_single_rows_however_often_each_was_copied():
@@ -684,16 +684,23 @@ def test_roughness_that_the_samples_cannot_show_adds_no_more_than_the_bound(wave
 
 def test_pairs_marked_valid_are_within_thirty_percent_of_the_truth():
     law = gaussian(6, 0.4, 0.3)
-    covered = total = 0
+    truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN).kl
     for seed in range(4):
         table = kl(split_samples("gauss", samples_of(law, 2000, seed)), "vp-linear", pairs=SIXTEEN)
-        truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN).kl
         valid = table.valid.to_numpy()
         assert valid[7:15].mean() >= 0.8
         assert np.abs(table.kl / truth - 1)[valid].max() < 0.3
-        covered += ((table.ci_low <= truth) & (truth <= table.ci_high))[valid].sum()
-        total += valid.sum()
-    assert covered / total >= 0.8
+
+
+def test_intervals_of_ninety_percent_hold_the_truth_as_often():
+    # The pairs of a data set share its error, so that it takes many data sets.
+    law, covered = gaussian(6, 0.4, 0.3), []
+    truth = kl(exact_dataset(law), "vp-linear", pairs=SIXTEEN).kl
+    for seed in range(24):
+        data = split_samples("gauss", samples_of(law, 2000, seed))
+        table = kl(data, "vp-linear", estimator="gaussian", pairs=SIXTEEN)
+        covered += ((table.ci_low <= truth) & (truth <= table.ci_high))[table.valid].tolist()
+    assert 0.8 <= np.mean(covered) <= 0.97
 
 
 def test_pair_zero_one_is_excluded_with_a_reason():
