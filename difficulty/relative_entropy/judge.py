@@ -315,10 +315,10 @@ class Judge:
     def _capacity(self, weight: Array) -> Array:
         """What log KL still changes by with ever richer fits, which an edge, a tail or a curve makes differ, (m,).
 
-        With K components it is off by 1/K. So where the richest of a family is the best, it is as far from the truth as
-        from one with half as many components; the same is asked where a one-dimensional law takes so many that it is
-        no mixture but a curve drawn with them. The next richer fit, with K' components, is only a part 1 - K/K' of the
-        way ahead, if it leads up (a smooth fit is too low) and is no worse.
+        If a fit with K components errs by c/K, that with half as many is as far from it as the truth. It is asked where
+        the richest of a family is the best, and where a one-dimensional law takes so many that it is no mixture but a
+        curve drawn with them. The next richer fit, with K' components, goes a part 1 - K/K' of the way: what is left
+        is counted with it if it leads up, since a smooth fit is too low, and is no worse.
         """
         change = np.zeros(len(self.best))
         measured = {self.names[i]: fitted.kl for i, fitted in self.replicated.items()}

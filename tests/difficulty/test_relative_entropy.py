@@ -1,6 +1,7 @@
 """Relative entropy: the exact cases, the formulas against each other, and the estimators against the truth."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -434,6 +435,17 @@ def test_the_richest_mixture_is_refused_where_one_of_half_as_many_components_is_
     truth = kl(exact_dataset(law), "ve", pairs=pairs).kl
     assert (table.estimator == "bracket").all()
     assert ((table.ci_low < truth) & (truth < table.ci_high)).all()
+
+
+def test_a_richer_mixture_that_is_no_worse_is_part_of_the_way_up(monkeypatch):
+    pool = [Candidate("mixture", 16), Candidate("mixture", 24)]
+    sample = make_sample(split_samples("any", samples_of(Ring(3), 1000)))
+    pairs = make_pairs(get_process("ve"), [2, 16, 60])
+    judge = Judge(sample, pairs, Settings(500, 2, 0, lambda done, total: None), pool)
+    judge.names, judge.best, judge.replicated = pool, np.zeros(3, dtype=int), {0: SimpleNamespace(kl=np.ones(3))}
+    monkeypatch.setattr(judge, "_whole", lambda candidate, where: np.array([1.1, 0.9, 1.1]))
+    found = judge._capacity(np.array([[1.0, 1.0, 1.0], [0.25, 0.25, 0.01]]))
+    np.testing.assert_allclose(found, [3 * np.log(1.1), -np.log(0.9), np.log(1.1)])
 
 
 @pytest.mark.parametrize("kind", ["sphere", "radial tails", "bananas", "cube"])
