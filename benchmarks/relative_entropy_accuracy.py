@@ -36,15 +36,15 @@ DEAR = ("gauss-150", "modes6-96", "modes2-192", "modes10-64", "uniform-112", "bi
 SOME = ("gauss-3", "modes4-5", "modes7-24", "uniform-3", "laplace-2", "ring-6")
 # Estimator, process, laws and seeds of the data sets.
 PLAN: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]] = [
-    ("auto", "vp-linear", LAWS, (120,)),
+    ("auto", "vp-linear", LAWS, (128,)),
     # The pairs of a data set share its error, so that a coverage needs many data sets.
-    *(("auto", process, SOME, tuple(range(120, 126))) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
-    *((name, "vp-linear", SOME, tuple(range(120, 128))) for name in ("gaussian", "mixture")),
+    *(("auto", process, SOME, tuple(range(128, 132))) for process in ("edm", "ve", "vp-cosine", "flow-matching")),
+    *((name, "vp-linear", SOME, tuple(range(128, 134))) for name in ("gaussian", "mixture")),
     ("empirical", "vp-linear", SOME, (59, 60)),
-    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (120, 121)),
-    ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (121,)),
+    ("score", "vp-linear", ("gauss-3", "modes4-5", "laplace-2", "ring-6"), (122, 123, 124)),
+    ("auto", "vp-linear", tuple(name for name in LAWS if name not in DEAR), (129,)),
 ]
-DECEIVING_PLAN = [("auto", "vp-linear", tuple(DECEIVING), (120, 121))]
+DECEIVING_PLAN = [("auto", "vp-linear", tuple(DECEIVING), (128, 129))]
 
 
 def measure(name: str, process_name: str, estimator: str, seed: int) -> pd.DataFrame:

@@ -65,7 +65,8 @@ MOST_LEVELS, LEAST_LEVELS = 17, 5
 LOW_SLOPE, HIGH_SLOPE, UNUSABLE_SLOPE, UNUSABLE_ERROR = 0.8, 1.25, 0.3, 0.5
 LARGEST_ERROR = 0.12
 # A small network trained here is off by several percent whatever its folds agree on; a model of the user's is not ours.
-LEAST_ERROR = 0.05
+# With 5 % intervals of nominal 90 % held the truth in 83 % of 100 pairs of sixteen data sets, none of which judges now.
+LEAST_ERROR = 0.07
 # log s beyond which data of unit size are noise to all digits; stands for infinity in the training range.
 MOST_TAU = 6.0
 SPLIT_STREAM, NOISE_STREAM = 53, 37
