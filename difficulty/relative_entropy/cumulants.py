@@ -55,7 +55,7 @@ MOST_ROWS, CHUNK = 3000, 512
 
 
 def lacking(
-    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool, radial: bool = False,
+    rows: Array, drawn: Sequence[Array], eigenvalues: Array, pairs: Pairs, *, gaussian: bool, one_radius: bool = False,
     threads: int = 1,
 ) -> Array:  # fmt: skip
     """Relative entropy that the cumulants of the rows have and those of a fit do not, nats, and its error, (m, 2).
@@ -68,19 +68,19 @@ def lacking(
         eigenvalues: variances of the rows along the axes, shape (r,).
         pairs: m pairs of noise levels.
         gaussian: whether the fit is Gaussian and has no such cumulants.
-        radial: whether it is a law of one radius for all axes.
-        threads: levels side by side.
+        one_radius: whether it is a law of one radius for all axes.
+        threads: levels, or draws, side by side.
     """
     x, *references = (_standard(part, eigenvalues) for part in (rows, *drawn))
     square, *expected_squares = (part**2 for part in (x, *references))
     found = np.zeros((len(pairs), 2))
     finite = np.flatnonzero(np.isfinite(pairs.tau) & np.isfinite(pairs.dtau) & np.isfinite(pairs.dlog_alpha))
     totals = eigenvalues + np.exp(2 * pairs.tau[finite])[:, None]
+    by_radius = any(_refuted(square, expected_squares, total) for total in totals)
+    if not by_radius and not (one_radius and _more_than_a_radius(x, references, eigenvalues, threads)):
+        return found
     first, second, reference = (part[:MOST_ROWS] for part in (x, *references[:2]))
     other = None if gaussian else reference
-    by_radius = any(_refuted(square, expected_squares, total) for total in totals)
-    if not by_radius and not (radial and _more_than_a_radius(x, references, eigenvalues)):
-        return found
 
     def beyond(j: int, total: Array) -> tuple[float, float]:
         w = 2 * math.exp(2 * pairs.tau[j]) / total * pairs.dtau[j] + pairs.dlog_alpha[j]
@@ -99,11 +99,12 @@ def _refuted(square: Array, expected_squares: Sequence[Array], total: Array) -> 
     return bool(abs((square @ (1 / total)).var() - expected.mean()) > REFUTED * expected.std(ddof=1))
 
 
-def _more_than_a_radius(x: Array, drawn: Sequence[Array], eigenvalues: Array) -> bool:
+def _more_than_a_radius(x: Array, drawn: Sequence[Array], eigenvalues: Array, threads: int) -> bool:
     """Whether the squared norm of the fourth cumulants of whitened rows is beyond that of draws of the fit."""
     white = np.ones(x.shape[1])
-    value, *expected = (_norm_squared(4, [part[:MOST_ROWS] / np.sqrt(eigenvalues)], white)[0] for part in (x, *drawn))
-    return value - np.mean(expected) > REFUTED * np.std(expected, ddof=1)
+    calls = [partial(_norm_squared, 4, [part[:MOST_ROWS] / np.sqrt(eigenvalues)], white) for part in (x, *drawn)]
+    value, *expected = (norm for norm, _ in together(calls, threads))
+    return bool(value - np.mean(expected) > REFUTED * np.std(expected, ddof=1))
 
 
 def _norms(x: Array, y: Array | None, covariance: Array, w: Array, total: Array) -> tuple[float, float]:

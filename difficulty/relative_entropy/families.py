@@ -69,6 +69,11 @@ class Candidate:
         return self.family in ("product", "student-product")
 
     @property
+    def one_radius(self) -> bool:
+        """Whether one scale is drawn for all axes of a Gaussian."""
+        return self.family in ("scale", "student")
+
+    @property
     def heavy_tailed(self) -> bool:
         """Whether the law has power-law tails by itself, so that rows far out have little weight in its fit."""
         return self.family in ("student", "student-product")
@@ -159,7 +164,7 @@ def fit_candidate(rows: Array, counts: Array, candidate: Candidate, plan: Plan, 
         options = MixtureOptions(candidate.components, candidate.strength)
         iterations = COLD_ITERATIONS if start is None else WARM_ITERATIONS
         law = fit_mixture(inner, counts, options, plan.floor, plan.seed, start, iterations)
-    block = MixtureBlock(law, heavy_tailed=candidate.family in ("scale", "student"))
+    block = MixtureBlock(law, heavy_tailed=candidate.one_radius)
     blocks: list[tuple[slice, Block]] = [(slice(0, leading), block)]
     if leading < d:
         rest = rows[:, leading:]

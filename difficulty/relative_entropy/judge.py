@@ -291,10 +291,10 @@ class Judge:
             return found
         for where, fit in self.chosen_fits():
             drawn = [fit.draw(sample.n, FIRST_DRAW + k)[0].numpy() for k in range(DRAWS)]
-            family, pairs = self.names[self.best[where[0]]].family, self.anchors.take(where)
+            candidate, pairs = self.names[self.best[where[0]]], self.anchors.take(where)
             found[where] = lacking(
-                sample.rows, drawn, sample.eigenvalues, pairs, gaussian=family == "gaussian",
-                radial=family in ("scale", "student"), threads=self.settings.threads,
+                sample.rows, drawn, sample.eigenvalues, pairs, gaussian=candidate.family == "gaussian",
+                one_radius=candidate.one_radius, threads=self.settings.threads,
             )  # fmt: skip
         return found
 

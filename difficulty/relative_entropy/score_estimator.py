@@ -223,10 +223,9 @@ def _judge(found: list[Measured], early: Measured | None) -> tuple[float, float,
     slope = cross / energy if energy > 0 else 0.0
     if slope < UNUSABLE_SLOPE or cross_se > UNUSABLE_ERROR * cross:
         # The bound is of second order in the step; the fit says what the others make of it.
-        least = cross - Z90 * cross_se
-        likely, sure = ((max(c, 0.0) / energy) ** 2 * kl if energy > 0 else 0.0 for c in (cross, least))
+        sure = (max(cross - Z90 * cross_se, 0.0) / energy) ** 2 * kl if energy > 0 else 0.0
         text = f"the time score is not calibrated here; only the lower bound {sure:.3g} nat holds (F6)"
-        return max(likely, kl, 1e-300), 1.0, text
+        return max(max(slope, 0.0) ** 2 * kl, kl, 1e-300), 1.0, text
     value = _value(kl, cross, energy, found[0].integrated)
     logs = np.log(np.maximum([_value(one.kl, one.cross, one.energy, one.integrated) for one in found], 1e-300))
     between = float(logs.std(ddof=1)) / len(logs) ** 0.5 if len(logs) > 1 else 0.0

@@ -86,8 +86,8 @@ def test_a_law_of_one_radius_is_refuted_by_independent_parts_of_the_same_radius(
 
     drawn = [radial(number) for number in range(DRAWS)]
     assert (lacking(parts, drawn, np.ones(d), PAIRS, gaussian=False) == 0).all()
-    assert (lacking(radial(DRAWS), drawn, np.ones(d), PAIRS, gaussian=False, radial=True) == 0).all()
-    found = lacking(parts, drawn, np.ones(d), PAIRS, gaussian=False, radial=True)
+    assert (lacking(radial(DRAWS), drawn, np.ones(d), PAIRS, gaussian=False, one_radius=True) == 0).all()
+    found = lacking(parts, drawn, np.ones(d), PAIRS, gaussian=False, one_radius=True)
     b = 1 / (1 + np.exp(-2 * PAIRS.tau))
     step = 0.5 * 16 / 24 * (2 * b * PAIRS.dtau + PAIRS.dlog_alpha) ** 2 * (1 - b) ** 4
     # The cumulants of a radius lie across the parts' but for what is common to all directions.
