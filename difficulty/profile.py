@@ -224,7 +224,7 @@ def _of_sample(dataset: Dataset, tau: Array, settings: Settings) -> tuple[Array,
         return _with_lag(np.column_stack([judge.rates(fits), judge.mmse(fits)]))
 
     whole = measured()
-    parts = [partial(measured, split, half) for split in range(len(judge.halves)) for half in (0, 1)]
+    parts = [partial(measured, split, half) for split in range(len(judge.refits.halves)) for half in (0, 1)]
     halves = np.stack(together(parts, settings.threads)).reshape(-1, 2, *whole.shape)
     spread = np.sqrt(((halves[:, 0] - halves[:, 1]) ** 2).mean(0) / 4)
     bias = halves.mean((0, 1)) - whole

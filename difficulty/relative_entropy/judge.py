@@ -32,7 +32,6 @@ import numpy.typing as npt
 from scipy import stats
 
 from difficulty.intervals import Z90
-from difficulty.randomness import stream
 from difficulty.relative_entropy.anchors import Anchors
 from difficulty.relative_entropy.choice import Choice, choose
 from difficulty.relative_entropy.cumulants import DRAWS, lacking
@@ -42,13 +41,15 @@ from difficulty.relative_entropy.discrete_columns import (
     rates_lacking_in_columns,
 )
 from difficulty.relative_entropy.estimate import Estimate, Settings
-from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
+from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan
 from difficulty.relative_entropy.fits import Fit, Measured, null_block
 from difficulty.relative_entropy.heldout_tests import HeldoutTests, Tested
 from difficulty.relative_entropy.pairs import Pairs, upper_bound
 from difficulty.relative_entropy.rates import add_rates
 from difficulty.relative_entropy.refits import (
     FAR_SHARE,
+    MANY_AXES,
+    Refits,
     Replicated,
     beside_rest,
     gaussian_log_error,
@@ -65,9 +66,6 @@ Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 ANCHORS = 40
-# Half-sample refits are worth their number; but beyond the first number of axes half of them have to do, and beyond the
-# second one pair, since each takes 10 s and more.
-SOME_AXES, MANY_AXES = 24, 1024
 # No estimate from a sample is taken to be better than this, on the log scale.
 LEAST_ERROR = 0.001
 # The parts of an error beside the sampling error are doubts that overlap: their sum is twice the root mean square of
@@ -80,11 +78,8 @@ CALIBRATED = 0.5
 MANY_COMPONENTS = 8
 # Weight from which a candidate is a rival of the chosen one.
 RIVAL = 0.1
-# Most axes per row at which a quarter of the rows still spans all of them with room to spare.
-QUARTER_SHARE = 0.17
 # Share of a fourth moment that the rows farthest out must have for a check without them.
 FAR_DOMINATE = 0.3
-SPLIT_STREAM = 23
 # Change of the log noise scale up to which a KL is 1/2 E[f^2]; it is less by up to 2/3 of the change, which a point
 # mass attains.
 SMALL_STEP = 0.03
@@ -128,8 +123,8 @@ class Judge:
         self.pool = pool
         # Beyond this noise every law is Gaussian to all digits, and s itself may be infinite.
         self.tau = np.minimum(self.anchors.tau, 0.5 * np.log(sample.second_moment + 1e-30) + 7)
-        self.halves = self._halves()
-        order = np.concatenate(self.halves[0])
+        self.refits = Refits(sample, self.rows, self.plan, self.anchors, settings)
+        order = np.concatenate(self.refits.halves[0])
         self.tests = HeldoutTests(sample, self.rows, order, self.plan, self.anchors, self.tau, settings.seed)
         self.null = null_block(sample)
         self.few = min(settings.samples, 2000)  # draws of the rates
@@ -154,7 +149,7 @@ class Judge:
         error = np.sqrt((rest / kl * stated) ** 2 + (columns.error / kl) ** 2 + LEAST_ERROR**2)
         # Few refits know their own spread only roughly: Student's quantile, but the influence of n rows is well known.
         by_rows = (family == "gaussian") | (found.influence > CALIBRATED * found.error)
-        quantile = np.where(by_rows, Z90, stats.t.ppf(0.95, len(self.halves)))
+        quantile = np.where(by_rows, Z90, stats.t.ppf(0.95, len(self.refits.halves)))
         low, high, narrow = bracket(exact.kl, found.tested, upper)
         # Directions that are empty for want of samples are not known to contribute what they seem to.
         narrow &= (reasons != "") & (not spans_too_little(sample))
@@ -195,14 +190,14 @@ class Judge:
         replicated, tested, long_step = {}, {}, {}
         jobs = [*winners, *rivals]
         tests = self.together([partial(self.tests.test, names[i]) for i in jobs])
-        fits = self.together([partial(self._fitted, names[i]) for i in jobs])
+        fits = self.together([partial(self.refits.whole, names[i]) for i in jobs])
         loose = [(i, fit) for i, (fit, _) in zip(jobs, fits, strict=True) if i in winners and self._overfits(names[i])]
         expected = self.together([partial(self._expected, names[i], fit) for i, fit in loose])
         of_right_fits = {i: test for (i, _), test in zip(loose, expected, strict=True)}
         for done, (i, test, fitted) in enumerate(zip(jobs, tests, fits, strict=True)):
             where = np.flatnonzero(weight[i] > 0.02)
-            splits = len(self.halves) if i in winners else min(2, len(self.halves))
-            replicated[i] = self._replicate(names[i], *fitted, splits, where)
+            splits = len(self.refits.halves) if i in winners else min(2, len(self.refits.halves))
+            replicated[i] = self.refits.replicate(names[i], *fitted, splits, where)
             long_step[i] = self._long_step(replicated[i])
             tested[i] = test.scaled(long_step[i])
             if i in of_right_fits:
@@ -333,7 +328,7 @@ class Judge:
             rows = np.flatnonzero(self.best == i)
             # Rivals are fitted to all rows already.
             fresh = [other for other in others if other not in measured]
-            new = self.together([partial(self._whole, other, rows) for other in fresh])
+            new = self.together([partial(self.refits.forward, other, rows) for other in fresh])
             found = dict(zip(fresh, new, strict=True)) | {c: measured[c][rows] for c in others if c in measured}
             for other, kl in found.items():
                 difference = log_of(kl) - log_of(self.replicated[i].kl[rows])
@@ -355,64 +350,11 @@ class Judge:
         light = [i for i in set(self.best.tolist()) if not self.names[i].heavy_tailed]
         where = [np.flatnonzero(self.best == i) for i in light]
         without = self.together(
-            [partial(self._whole, self.names[i], w, kept) for i, w in zip(light, where, strict=True)]
+            [partial(self.refits.forward, self.names[i], w, kept) for i, w in zip(light, where, strict=True)]
         )
         for i, rows, kl in zip(light, where, without, strict=True):
             change[rows] = np.abs(log_of(kl) - log_of(self.replicated[i].kl[rows]))
         return change
-
-    def _whole(self, candidate: Candidate, where: Rows, rows: Rows | None = None) -> Array:
-        """KL at some anchors of a fit to all rows, or to the given ones."""
-        chosen = np.arange(len(self.rows)) if rows is None else rows
-        fit = fit_candidate(self.rows[chosen], self.sample.counts[chosen], candidate, self.plan)
-        return fit.forward(self.anchors.take(where), self.settings.samples, self.settings.seed)
-
-    def _fitted(self, candidate: Candidate) -> tuple[Fit, Measured]:
-        """The fit to all rows and its relative entropies."""
-        whole = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
-        return whole, whole.measure(self.anchors, self.settings.samples, self.settings.seed)
-
-    def _replicate(
-        self, candidate: Candidate, whole: Fit, measured: Measured, splits: int, where: Rows
-    ) -> Replicated:
-        """With fits to parts of the rows, which are measured at the anchors where the candidate matters."""
-        samples, seed = self.settings.samples, self.settings.seed
-        pairs = self.anchors.take(where)
-        fewer = max(samples // 2, 100)
-
-        def refit(rows: Array, counts: Array) -> Array:
-            return fit_candidate(rows, counts, candidate, self.plan, whole).forward(pairs, fewer, seed)
-
-        parts = [part for split in range(splits) for part in self._counts(split)]
-        halves = len(parts)
-        if self.sample.rank < QUARTER_SHARE * self.sample.n and candidate.one_covariance:
-            quarters = [part for half in self.halves[0] for part in np.array_split(half, 2)]
-            parts += [(self.rows[part], self.sample.counts[part]) for part in quarters]
-        calls = [partial(whole.forward, pairs, fewer, seed), *(partial(refit, *part) for part in parts)]
-        values = np.tile(measured.kl, (len(calls), 1))
-        values[:, where] = self.together(calls)
-        last = 1 + halves
-        return Replicated(
-            whole, measured.kl, measured.kl_reverse, measured.error, values[0], values[1:last],
-            values[last:] if len(values) > last else None,
-        )  # fmt: skip
-
-    def _counts(self, split: int) -> list[tuple[Array, Array]]:
-        """Rows and counts of two complementary halves of the data."""
-        counts = self.sample.counts
-        if not self.sample.discrete:
-            return [(self.rows[rows], counts[rows]) for rows in self.halves[split]]
-        # Copies of an atom are draws of it: they are dealt to both halves.
-        part = stream(SPLIT_STREAM, self.settings.seed, split).binomial(counts.astype(int), 0.5).astype(float)
-        return [(self.rows[c > 0], c[c > 0]) for c in (part, counts - part)]
-
-    def _halves(self) -> list[tuple[Rows, Rows]]:
-        rng = stream(SPLIT_STREAM, self.settings.seed)
-        n = self.sample.n
-        rank, refits = self.sample.rank, self.settings.bootstrap
-        refits = 2 if rank > MANY_AXES else refits // 2 if rank > SOME_AXES else refits
-        orders = [rng.permutation(n) for _ in range(max(1, refits // 2))]
-        return [(order[: n // 2], order[n // 2 :]) for order in orders]
 
     def chosen_fits(self, split: int | None = None, half: int = 0) -> list[tuple[Rows, Fit]]:
         """The anchors of every chosen candidate and its fit to all rows; after ``estimate``.
@@ -424,7 +366,7 @@ class Judge:
         for i in sorted(set(self.best.tolist())):
             fit = self.replicated[i].fit
             if split is not None:
-                fit = fit_candidate(*self._counts(split)[half], self.names[i], self.plan, fit)
+                fit = self.refits.of_half(self.names[i], fit, split, half)
             fits.append((np.flatnonzero(self.best == i), fit))
         return fits
 

@@ -11,20 +11,41 @@ At high noise every law is Gaussian, and the standard error of F2 follows from i
 It knows the tails of the data, and n rows know it better than a few refits do.
 """
 
-__all__ = ["FAR_SHARE", "Replicated", "beside_rest", "gaussian_log_error", "log_of", "tail_shares"]
+__all__ = [
+    "FAR_SHARE",
+    "MANY_AXES",
+    "Refits",
+    "Replicated",
+    "beside_rest",
+    "gaussian_log_error",
+    "log_of",
+    "tail_shares",
+]
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from difficulty.relative_entropy.families import MOST_AXES
-from difficulty.relative_entropy.fits import Fit
+from difficulty.randomness import stream
+from difficulty.relative_entropy.estimate import Settings
+from difficulty.relative_entropy.families import MOST_AXES, Candidate, Plan, fit_candidate
+from difficulty.relative_entropy.fits import Fit, Measured
 from difficulty.relative_entropy.gaussian import gaussian_kl
 from difficulty.relative_entropy.pairs import Pairs
 from difficulty.relative_entropy.sample import Sample
+from difficulty.threads import together
 
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+
+# Half-sample refits are worth their number; but beyond the first number of axes half of them have to do, and beyond the
+# second one pair, since each takes 10 s and more.
+SOME_AXES, MANY_AXES = 24, 1024
+# Most axes per row at which a quarter of the rows still spans all of them with room to spare.
+QUARTER_SHARE = 0.17
+SPLIT_STREAM = 23
 
 # Where log KL of a Gaussian lies this close to the estimate the Gaussian error holds; beyond the second it says
 # nothing.
@@ -90,6 +111,76 @@ class Replicated:
         """Standard error of log KL without its bias."""
         logs = log_of(self.halves)
         return beside_rest(np.sqrt(((logs[0::2] - logs[1::2]) ** 2).mean(0) / 4), self.bias)
+
+
+class Refits:
+    """Fits of candidates to one sample and to parts of it.
+
+    Args:
+        sample: the data.
+        rows: its rows with their mean, shape (n, r).
+        plan: of every fit.
+        pairs: where they are measured, m of them.
+        settings: number of draws and refits, the seed, threads.
+
+    Attributes:
+        halves: complementary halves of the rows.
+    """
+
+    def __init__(self, sample: Sample, rows: Array, plan: Plan, pairs: Pairs, settings: Settings) -> None:
+        self.sample, self.rows, self.plan, self.pairs, self.settings = sample, rows, plan, pairs, settings
+        few = settings.bootstrap // 2 if sample.rank > SOME_AXES else settings.bootstrap
+        few = 2 if sample.rank > MANY_AXES else few
+        rng = stream(SPLIT_STREAM, settings.seed)
+        orders = [rng.permutation(sample.n) for _ in range(max(1, few // 2))]
+        self.halves = [(order[: sample.n // 2], order[sample.n // 2 :]) for order in orders]
+
+    def whole(self, candidate: Candidate) -> tuple[Fit, Measured]:
+        """The fit to all rows and its relative entropies."""
+        fit = fit_candidate(self.rows, self.sample.counts, candidate, self.plan)
+        return fit, fit.measure(self.pairs, self.settings.samples, self.settings.seed)
+
+    def forward(self, candidate: Candidate, where: Rows, rows: Rows | None = None) -> Array:
+        """KL at some pairs of a fit to all rows, or to the given ones."""
+        chosen = np.arange(len(self.rows)) if rows is None else rows
+        fit = fit_candidate(self.rows[chosen], self.sample.counts[chosen], candidate, self.plan)
+        return fit.forward(self.pairs.take(where), self.settings.samples, self.settings.seed)
+
+    def of_half(self, candidate: Candidate, whole: Fit, split: int, half: int) -> Fit:
+        """The fit to one of two complementary halves, from the one to all rows."""
+        return fit_candidate(*self._parts(split)[half], candidate, self.plan, whole)
+
+    def replicate(self, candidate: Candidate, whole: Fit, measured: Measured, splits: int, where: Rows) -> Replicated:
+        """With fits to parts of the rows, which are measured at the pairs where the candidate matters."""
+        samples, seed = self.settings.samples, self.settings.seed
+        pairs = self.pairs.take(where)
+        fewer = max(samples // 2, 100)
+
+        def refit(rows: Array, counts: Array) -> Array:
+            return fit_candidate(rows, counts, candidate, self.plan, whole).forward(pairs, fewer, seed)
+
+        parts = [part for split in range(splits) for part in self._parts(split)]
+        halves = len(parts)
+        if self.sample.rank < QUARTER_SHARE * self.sample.n and candidate.one_covariance:
+            quarters = [part for half in self.halves[0] for part in np.array_split(half, 2)]
+            parts += [(self.rows[part], self.sample.counts[part]) for part in quarters]
+        calls = [partial(whole.forward, pairs, fewer, seed), *(partial(refit, *part) for part in parts)]
+        values = np.tile(measured.kl, (len(calls), 1))
+        values[:, where] = together(calls, self.settings.threads)
+        last = 1 + halves
+        return Replicated(
+            whole, measured.kl, measured.kl_reverse, measured.error, values[0], values[1:last],
+            values[last:] if len(values) > last else None,
+        )  # fmt: skip
+
+    def _parts(self, split: int) -> list[tuple[Array, Array]]:
+        """Rows and counts of two complementary halves of the data."""
+        counts = self.sample.counts
+        if not self.sample.discrete:
+            return [(self.rows[rows], counts[rows]) for rows in self.halves[split]]
+        # Copies of an atom are draws of it: they are dealt to both halves.
+        part = stream(SPLIT_STREAM, self.settings.seed, split).binomial(counts.astype(int), 0.5).astype(float)
+        return [(self.rows[c > 0], c[c > 0]) for c in (part, counts - part)]
 
 
 def beside_rest(error: Array, bias: Array) -> Array:

@@ -443,7 +443,7 @@ def test_a_richer_mixture_that_is_no_worse_is_part_of_the_way_up(monkeypatch):
     pairs = make_pairs(get_process("ve"), [2, 16, 60])
     judge = Judge(sample, pairs, Settings(500, 2, 0, lambda done, total: None), pool)
     judge.names, judge.best, judge.replicated = pool, np.zeros(3, dtype=int), {0: SimpleNamespace(kl=np.ones(3))}
-    monkeypatch.setattr(judge, "_whole", lambda candidate, where: np.array([1.1, 0.9, 1.1]))
+    monkeypatch.setattr(judge.refits, "forward", lambda candidate, where: np.array([1.1, 0.9, 1.1]))
     found = judge._capacity(np.array([[1.0, 1.0, 1.0], [0.25, 0.25, 0.01]]))
     np.testing.assert_allclose(found, [3 * np.log(1.1), -np.log(0.9), np.log(1.1)])
 
