@@ -16,10 +16,15 @@ which holds when the machine's speed drifts, as median and range over the rounds
 them stands what one large matrix product reaches on the same threads. ``mb`` is the memory that the experts take,
 weights, moments and activations, summed over processes, without the interpreter and its libraries.
 
-The table is written as table.csv, one row per contender, replacing rows of the networks and threads that were timed.
+Where torch finds a GPU, all of it runs there: N threads are then N processes that share it, ``mb`` is what torch took
+on it, and rounds are of another length. CUDA_VISIBLE_DEVICES= in front of the command times the CPU of such a machine.
+
+The table is written as table.csv, or gpu.csv, one row per contender, replacing rows of the networks and threads that
+were timed.
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import platform
@@ -36,13 +41,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from difficulty.datasets import load_dataset
 from difficulty.engines import ENGINES, Bank, choose_engine
 from difficulty.errors import InputError
+from difficulty.expert_crew import build_expert, training_device
 from difficulty.expert_plan import ExpertPlan
-from difficulty.experts import build_expert
 from difficulty.process import get_process
 from difficulty.records import read_table, write_table
 
 EXPERTS, BATCH = 20, 128
-# Data, network, iterations in a round.
+# On a GPU all networks wait for its kernels to be started, so that one length of a round serves all.
+GPU_ITERATIONS = 20
+# Data, network, iterations in a round on a CPU.
 CASES = {
     "MLP 2-D": ("grid-2d", "mlp:width=64", 40),
     "MLP 64-D": ("digits-mixture", "mlp", 40),
@@ -55,14 +62,30 @@ WARM_UP = 2
 
 def fresh(case, experts):
     """Untrained experts of a case with batches of their tasks: x (E, B, *), t (E, B), target (E, B, *)."""
-    data, network, _ = CASES[case]
-    dataset = load_dataset(data)
-    members = [build_expert(dataset, get_process("vp-linear"), ExpertPlan(network=network), 0) for _ in experts]
+    device = training_device()
+    dataset, process, plan = setting(case)
+    members = [build_expert(dataset, process, plan, 0).to(device) for _ in experts]
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(EXPERTS, BATCH, *dataset.shape, generator=generator)[experts] for _ in range(2))
     position = torch.randint(1, 1001 // EXPERTS + 1, (EXPERTS, BATCH), generator=generator)
     t = (position + 1000 // EXPERTS * torch.arange(EXPERTS)[:, None])[experts]
-    return members, x, t, target
+    return members, x.to(device), t.to(device), target.to(device)
+
+
+def setting(case):
+    """Data, process and plan of a case."""
+    data, network, _ = CASES[case]
+    return load_dataset(data), get_process("vp-linear"), ExpertPlan(network=network)
+
+
+def on_gpu():
+    return training_device().type == "cuda"
+
+
+def wait():
+    """Until the GPU has done what it was told, if there is one."""
+    if on_gpu():
+        torch.cuda.synchronize()
 
 
 def plain_loop(case, experts):
@@ -76,6 +99,7 @@ def plain_loop(case, experts):
                 optimizer.zero_grad()
                 (one(x[k], t[k]) - target[k]).square().mean().backward()
                 optimizer.step()
+        wait()
 
     return run
 
@@ -114,17 +138,16 @@ def together(case, experts, name, processes=1, compiled=False):
             for block, own in bank.slices():
                 block.backward(x[own], t[own], target[own])
             optimizer.step()
+        wait()
 
     return run
 
 
 def chosen(case, name, processes):
     """What ``choose_engine`` says."""
-    data, network, _ = CASES[case]
-    dataset, process = load_dataset(data), get_process("vp-linear")
-    plan = ExpertPlan(network=network)
+    dataset, process, plan = setting(case)
     return choose_engine(
-        build_expert(dataset, process, plan, 0), dataset.shape, batch=BATCH, experts=EXPERTS,
+        build_expert(dataset, process, plan, 0).to(training_device()), dataset.shape, batch=BATCH, experts=EXPERTS,
         iterations=plan.iterations[-1], engine=name, processes=processes,
     )  # fmt: skip
 
@@ -190,7 +213,16 @@ def contenders(case, threads, compiled):
     return found
 
 
-def megabytes(make, case, arguments, processes):
+def gpu_megabytes(make, case, arguments, processes):
+    """Peak of what torch takes on the GPU for a share of the experts, times the processes."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    make(case, list(range(EXPERTS // processes)), *arguments)(2)
+    return processes * (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def cpu_megabytes(make, case, arguments, processes):
     """Growth of the peak memory of a forked process that runs the contender, times the processes."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -218,20 +250,23 @@ def flops_per_iteration(case):
 
 def matrix_gflops():
     """What one large product of matrices reaches."""
-    a = torch.randn(1024, 1024)
+    size = 8192 if on_gpu() else 1024
+    a = torch.randn(size, size, device=training_device())
     best = float("inf")
     for _ in range(10):
+        wait()
         start = time.perf_counter()
         a @ a
+        wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best / 1e9
+    return 2 * size**3 / best / 1e9
 
 
 def measure(case, threads, rounds, compiled, memory):
     """One row per contender."""
     torch.set_num_threads(threads)
     peak, flops = matrix_gflops(), flops_per_iteration(case)
-    iterations = CASES[case][2]
+    iterations = GPU_ITERATIONS if on_gpu() else CASES[case][2]
     kinds = contenders(case, threads, compiled)
     runs = {
         name: make(case, list(range(EXPERTS)), *arguments)
@@ -270,7 +305,7 @@ def measure(case, threads, rounds, compiled, memory):
                 "gflops_matrix": round(peak, 1),
                 "mb": round(memory.get(name, float("nan")), 1),
                 "torch": torch.__version__,
-                "processor": platform.processor() or platform.machine(),
+                "processor": torch.cuda.get_device_name() if on_gpu() else platform.processor() or platform.machine(),
             }
         )
     return pd.DataFrame(rows)
@@ -289,6 +324,7 @@ def main():
     cells = [(case, threads) for case in arguments.networks for threads in arguments.threads]
     # Before the first parallel region: a forked process cannot use threads that its parent started.
     torch.set_num_threads(1)
+    megabytes = gpu_megabytes if on_gpu() else cpu_megabytes
     memory = {
         (case, threads): {
             name: megabytes(make, case, rest, processes)
@@ -296,7 +332,7 @@ def main():
         }
         for case, threads in cells
     }
-    path = arguments.out / "table.csv"
+    path = arguments.out / ("gpu.csv" if on_gpu() else "table.csv")
     table = read_table(path) if path.exists() else pd.DataFrame()
     for case, threads in cells:
         rows = measure(case, threads, arguments.rounds, arguments.compiled, memory[case, threads])
