@@ -74,7 +74,7 @@ display(Image(filename=str(results / "relative-entropy-atlas" / "figures" / "vp-
 # %% [markdown]
 # ## May the estimates be believed?
 # Laws held back while the estimator was made (what came after a first look, the README of the folder says), given as
-# samples. Of the pairs that it marks valid: relative error, and the share of 90 % intervals that contain the truth, with
+# samples. Of the pairs that it marks valid: relative error, and the share of 90 % intervals that hold the truth, with
 # its own interval over data sets where there are enough.
 
 # %%

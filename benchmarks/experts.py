@@ -39,9 +39,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.datasets import load_dataset
+from difficulty.devices import training_device
 from difficulty.engines import ENGINES, Bank, choose_engine
 from difficulty.errors import InputError
-from difficulty.expert_crew import build_expert, training_device
+from difficulty.expert_crew import build_expert
 from difficulty.expert_plan import ExpertPlan
 from difficulty.process import get_process
 from difficulty.records import read_table, write_table

@@ -16,6 +16,7 @@ from difficulty.commandline import run_cli
 DataArgument = Annotated[str, tyro.conf.Positional]
 Measures = Literal["convergence", "sample-quality", "relative-entropy"]
 FolderArgument = Annotated[Path, tyro.conf.Positional]
+Posterior = Literal["mean", "sample"]
 
 
 class StageBars:
@@ -59,6 +60,8 @@ def measure(
     workers: int | None = None,
     start: Literal["cold", "shared", "neighbour"] = "cold",
     estimator: str = "auto",
+    vae: str | None = None,
+    posterior: Posterior = "mean",
     json: bool = False,
 ) -> None:
     """Measure how hard every denoising task is: experts, relative entropy, ranking, figures.
@@ -89,9 +92,13 @@ def measure(
             measure ... does the same.
         start: experts start cold, or warm from a network trained on all t, or from their noisier neighbour.
         estimator: of the relative entropy (see `difficulty kl --help`).
+        vae: measure latents of an autoencoder of diffusers: its folder, a pipeline's folder, or a hub name.
+        posterior: which latent of an image: the mean of the autoencoder's posterior, or one sample of it.
         json: print ranking.json on standard output.
     """
+    from difficulty.devices import chosen_device
     from difficulty.expert_plan import ExpertPlan
+    from difficulty.latents import load_latents
     from difficulty.measurement import measure as run
     from difficulty.plots import plot_folder
     from difficulty.ranks import launched_ranks
@@ -108,10 +115,11 @@ def measure(
         start=start,
     )
     first = launched_ranks().first
+    dataset = load_latents(data, vae, posterior, chosen_device("auto"), _tell if first else lambda message: None)
     bars = StageBars()
     try:
         found = run(
-            data, process, out=out, tasks=tasks, grid=grid, measures=measures, plan=plan, estimator=estimator,
+            dataset, process, out=out, tasks=tasks, grid=grid, measures=measures, plan=plan, estimator=estimator,
             processes=workers, progress=bars if first else None,
         )  # fmt: skip
     finally:
@@ -133,6 +141,8 @@ def probe(
     grid: Literal["t", "log-snr"] = "t",
     draws: int = 1024,
     floor_from: Path | None = None,
+    device: str = "auto",
+    vae: str | None = None,
     json: bool = False,
 ) -> None:
     """Judge an existing checkpoint on every denoising task, on fixed held-out draws.
@@ -149,15 +159,18 @@ def probe(
         grid: tasks of equal length in t, or in log-SNR.
         draws: fixed draws per task.
         floor_from: folder of `difficulty measure` with the same data, process, tasks and draws.
+        device: cpu, cuda, or auto, where the network of a folder or file runs; a FUNCTION is given tensors of the CPU.
+        vae: autoencoder of a model of latents, as in `training run`; a run's or a pipeline's own is found by itself.
         json: print ranking.json on standard output.
     """
+    from difficulty.devices import chosen_device
     from difficulty.probe import probe as run
 
     bars = StageBars()
     try:
         found = run(
             model, data, process, out=out, tasks=tasks, grid=grid, draws=draws, floor_from=floor_from,
-            progress=lambda done, total: bars("tasks", done, total),
+            device=chosen_device(device), vae=vae, tell=_tell, progress=lambda done, total: bars("tasks", done, total),
         )  # fmt: skip
     finally:
         bars.close()
@@ -289,6 +302,9 @@ def kl(
     pairs: tuple[int, ...] = (),
     tasks: int | None = None,
     model: str | None = None,
+    device: str = "auto",
+    vae: str | None = None,
+    posterior: Posterior = "mean",
     seed: int = 0,
     json: bool = False,
 ) -> None:
@@ -306,15 +322,22 @@ def kl(
         tasks: that many coarse intervals instead, uniform in t.
         model: for the estimator `score`, a denoiser that was trained for this process (see `difficulty probe --help`);
             without one a small network is trained.
+        device: cpu, cuda, or auto, where the model and the autoencoder run.
+        vae: measure latents of an autoencoder of diffusers: its folder, a pipeline's folder, or a hub name.
+        posterior: which latent of an image: the mean of the autoencoder's posterior, or one sample of it.
         seed: of every random draw.
         json: print the table as JSON on standard output.
     """
+    from difficulty.devices import chosen_device
     from difficulty.entropy_folder import run_kl
+    from difficulty.latents import load_latents
     from difficulty.tasks import runs
 
+    where = chosen_device(device)
+    dataset = load_latents(data, vae, posterior, where, _tell)
     bars = StageBars()
     try:
-        table = run_kl(data, process, out, estimator, pairs or None, tasks, seed, bars, model)
+        table = run_kl(dataset, process, out, estimator, pairs or None, tasks, seed, bars, model, where)
     finally:
         bars.close()
     if json:
@@ -336,6 +359,8 @@ def profile(
     out: Path,
     for_process: tuple[str, ...] = (),
     experts: int = 5,
+    vae: str | None = None,
+    posterior: Posterior = "mean",
     seed: int = 0,
     json: bool = False,
 ) -> None:
@@ -349,14 +374,19 @@ def profile(
             the options of the process in it, as in kl-vp-linear-T=500.csv.
         for_process: processes, as in `difficulty kl`, whose relative entropies are derived from the profile.
         experts: number of experts in the advice on boundaries.
+        vae: measure latents of an autoencoder of diffusers: its folder, a pipeline's folder, or a hub name.
+        posterior: which latent of an image: the mean of the autoencoder's posterior, or one sample of it.
         seed: of every random draw.
         json: print recommendation.json on standard output.
     """
+    from difficulty.devices import chosen_device
     from difficulty.entropy_folder import run_profile
+    from difficulty.latents import load_latents
 
+    dataset = load_latents(data, vae, posterior, chosen_device("auto"), _tell)
     bars = StageBars()
     try:
-        advice = run_profile(data, out, for_process, experts, seed, bars)
+        advice = run_profile(dataset, out, for_process, experts, seed, bars)
     finally:
         bars.close()
     if json:
@@ -365,6 +395,11 @@ def profile(
     for line in advice["sentences"]:
         print(line)
     print(f"Results and figures: {out}", file=sys.stderr)
+
+
+def _tell(message: str) -> None:
+    """Say something beside the result."""
+    tqdm.write(message, file=sys.stderr)
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -90,6 +90,11 @@ class Dataset:
         return found
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """What a run should say of the data beside their fingerprint: how latents were made, nothing of others."""
+        return {"latents": dict(self.latents)} if self.latents else {}
+
+    @property
     def trained_labels(self) -> torch.Tensor | None:
         """Class of each sample to train on, in memory or not."""
         return self.labels if self.large is None else self.large.labels

@@ -28,6 +28,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.denoiser import Denoiser
+from difficulty.devices import free_bytes
 from difficulty.errors import InputError, choose, first_line
 from difficulty.folding import fold, shaken, unfoldable
 from difficulty.randomness import seeded_torch
@@ -298,15 +299,6 @@ def _check_rows(denoiser: Denoiser, x: Tensor, t: Tensor) -> None:
         raise InputError("the network's output is random in training; experts need one without dropout")
     if not near(halves):
         raise InputError("the network's output for a sample depends on the rest of its batch; use no batch norm")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _forward_bytes(denoiser: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:

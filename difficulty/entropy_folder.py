@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from difficulty.datasets import load_dataset
+from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError
 from difficulty.models import TrainedModel, load_model
 from difficulty.plots import relative_entropy_figure, save_figure
@@ -27,7 +27,7 @@ Report = Callable[[str, int, int], None]
 
 
 def run_kl(
-    data: str,
+    data: str | Dataset,
     process_name: str,
     out: Path,
     estimator: str,
@@ -36,8 +36,11 @@ def run_kl(
     seed: int,
     report: Report,
     model: str | None = None,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Measure, write relative_entropy.csv and its figure, and return the table.
+
+    Args: as of ``kl``, and ``device``, where the network of a model runs.
 
     Raises:
         InputError: if an argument cannot be used, in which case nothing is written, or the folder cannot be written.
@@ -48,11 +51,11 @@ def run_kl(
     make_pairs(process, pairs, tasks)
     if estimator == "exact":
         known_law(dataset)
-    trained = _model_of(process, model)
+    trained = _model_of(process, model, device)
     config = {
-        "data": data, "dataset": dataset.fingerprint, "process": process.fingerprint, "estimator": estimator,
+        "data": dataset.name, "dataset": dataset.fingerprint, "process": process.fingerprint, "estimator": estimator,
         "pairs": list(pairs) if pairs else None, "tasks": tasks, "seed": seed,
-        "model": model,
+        "model": model, **dataset.provenance,
     }  # fmt: skip
     started = time.perf_counter()
     run = start_run(out, "kl", config)
@@ -68,7 +71,7 @@ def run_kl(
 
 
 def run_profile(
-    data: str, out: Path, processes: Sequence[str], experts: int, seed: int, report: Report
+    data: str | Dataset, out: Path, processes: Sequence[str], experts: int, seed: int, report: Report
 ) -> dict[str, Any]:
     """Measure, write profile.csv, kl-NAME.csv, recommendation.json and the figure, and return the recommendation.
 
@@ -79,8 +82,8 @@ def run_profile(
     check_experts(experts)
     dataset, chosen = load_dataset(data), _named(processes)
     config = {
-        "data": data, "dataset": dataset.fingerprint, "seed": seed, "experts": experts,
-        "processes": [process.fingerprint for process in chosen.values()],
+        "data": dataset.name, "dataset": dataset.fingerprint, "seed": seed, "experts": experts,
+        "processes": [process.fingerprint for process in chosen.values()], **dataset.provenance,
     }  # fmt: skip
     started = time.perf_counter()
     run = start_run(out, "profile", config)
@@ -98,10 +101,10 @@ def run_profile(
     return advice
 
 
-def _model_of(process: Process, model: str | None) -> TrainedModel | None:
+def _model_of(process: Process, model: str | None, device: str) -> TrainedModel | None:
     if model is None:
         return None
-    trained = load_model(model)
+    trained = load_model(model, device)
     if trained.process is not None:
         process.check_fingerprint(trained.process.fingerprint, trained.name)
     return trained

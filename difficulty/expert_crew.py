@@ -13,7 +13,6 @@ __all__ = [
     "Member",
     "Progress",
     "build_expert",
-    "training_device",
 ]
 
 from collections.abc import Callable, Sequence
@@ -27,10 +26,11 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
+from difficulty.devices import training_device
 from difficulty.engines import Bank, EngineChoice
 from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_state import ExpertState
-from difficulty.heldout import floor_losses, heldout_draws, zero_losses
+from difficulty.heldout import Floors, heldout_draws, zero_losses
 from difficulty.networks import build_network
 from difficulty.prediction import from_x0_eps, to_eps
 from difficulty.process import Process
@@ -131,7 +131,11 @@ class Crew:
         if self.bank:
             held = [self.tasks[k] for k in self.held]
             self.draws = heldout_draws(self.dataset, held, plan.heldout_draws)
-            self.floor, self.posterior = floor_losses(self.dataset, self.process, self.draws)
+            floors = Floors(self.dataset, self.process)
+            known = [floors.losses(self.draws.of_task(row)) for row in range(len(held))]
+            self.floor = np.stack([losses for losses, _ in known])
+            if self.dataset.law is not None:
+                self.posterior = torch.stack([posterior for _, posterior in known if posterior is not None])
             self.zero, self.zero_excess = zero_losses(self.bank.template, self.draws, self.posterior)
         bounds = [(plan.seeds[s], self.tasks[k].first, self.tasks[k].last) for s, k in everybody]
         facts = [self.dataset.fingerprint, self.process.fingerprint, bounds, asdict(plan)]
@@ -214,11 +218,6 @@ def build_expert(dataset: Dataset, process: Process, plan: ExpertPlan, seed: int
     """
     data_std = float(dataset.train.double().square().mean().sqrt())
     return Denoiser(build_network(plan.network, dataset.shape, seed), process, plan.prediction, data_std)
-
-
-def training_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _training_draws(

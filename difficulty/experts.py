@@ -7,7 +7,7 @@ taken on one fixed set of draws (x0, eps, t) per task, the same for every seed, 
     loss = E |eps - eps_hat|^2    summed over the D dimensions, whatever the network predicts.
 
 Beside it stands, per draw, the loss of the best known denoiser, the *floor*: for an exact law the posterior mean, for
-other data a Gaussian (Wiener) denoiser and, after training, the best expert on the same draws (`convergence.py`).
+other data the best linear denoiser and, after training, the best expert on the same draws (`convergence.py`).
 
 Experts start cold, from the same random weights per seed; or warm, with weights trained on all t (``shared``) or on the
 next noisier task (``neighbour``, noisiest first). How they are run together is the business of `engines.py`, how they
@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from difficulty.datasets import Dataset
+from difficulty.devices import training_device
 from difficulty.engines import Bank, EngineChoice, choose_engine
 from difficulty.errors import InputError
 from difficulty.expert_crew import (
@@ -44,9 +45,9 @@ from difficulty.expert_crew import (
     Member,
     Progress,
     build_expert,
-    training_device,
 )
 from difficulty.expert_plan import ExpertPlan
+from difficulty.heldout import check_draws
 from difficulty.process import Process
 from difficulty.ranks import Ranks, helpers, launched_ranks
 from difficulty.tasks import Task
@@ -147,6 +148,7 @@ def choose_expert_engine(
             raise InputError(
                 f"task {task.index} holds no timesteps of 1..{process.T} (first {task.first}, last {task.last})"
             )
+    check_draws(dataset, tasks, plan.heldout_draws)
     world = launched_ranks().world
     if world > 1 and processes not in (None, world):
         raise InputError(f"torchrun started {world} processes, but {processes} were asked for; leave the number to it")

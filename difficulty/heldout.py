@@ -5,8 +5,9 @@ same whatever other tasks there are. On them stand the floor, the loss of the be
 loss of the network that outputs zero.
 """
 
-__all__ = ["HeldOutDraws", "floor_losses", "heldout_draws", "posterior_eps_at", "wiener", "zero_losses"]
+__all__ = ["Floors", "HeldOutDraws", "check_draws", "heldout_draws", "posterior_eps_at", "task_draws", "zero_losses"]
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,38 +19,66 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.laws import GaussianMixture, Law
+from difficulty.devices import free_bytes
+from difficulty.errors import InputError
+from difficulty.laws import Law
 from difficulty.process import Process
 from difficulty.randomness import normal, stream
 from difficulty.tasks import Task
+from difficulty.wiener import Wiener
 
+# Share of the free memory that held-out draws may take.
+DRAWS_SHARE = 0.5
+# Of n samples in D dimensions, n D min(n, D) at most, and n at least: what their decomposition costs.
+DECOMPOSED, LEAST_DECOMPOSED = 1e11, 512
 HELDOUT_STREAM = 2  # first counter of the random streams; training draws begin with others (`experts.py`)
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOutDraws:
-    """The fixed draws of every task: x0 and eps (K, M, *), t (K, M)."""
+    """The fixed draws of one task, x0 and eps (M, *), t (M,), or of K tasks with a leading axis."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
 
+    def of_task(self, index: int) -> "HeldOutDraws":
+        """Those of one of the K tasks."""
+        return HeldOutDraws(self.x0[index], self.eps[index], self.t[index])
 
-def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOutDraws:
-    """Fixed draws per task: held-out samples in turn, fresh noise, t stratified over the task.
+
+def task_draws(dataset: Dataset, task: Task, count: int) -> HeldOutDraws:
+    """Fixed draws of a task: held-out samples in turn, fresh noise, t stratified over the task.
 
     The same for every network, prediction and training seed, on every machine.
     """
-    clean, noise, times = [], [], []
-    for task in tasks:
-        rng = stream(HELDOUT_STREAM, task.first, task.last)
-        rounds = math.ceil(count / len(dataset.heldout))
-        rows = np.concatenate([rng.permutation(len(dataset.heldout)) for _ in range(rounds)])[:count]
-        strata = (rng.permutation(count) + 0.5) / count
-        clean.append(dataset.heldout[torch.from_numpy(rows)])
-        noise.append(normal((count, *dataset.shape), HELDOUT_STREAM, task.first, task.last, 1))
-        times.append(torch.from_numpy(task.first + np.floor(strata * task.length).astype(np.int64)))
-    return HeldOutDraws(torch.stack(clean), torch.stack(noise), torch.stack(times))
+    rng = stream(HELDOUT_STREAM, task.first, task.last)
+    rounds = math.ceil(count / len(dataset.heldout))
+    rows = np.concatenate([rng.permutation(len(dataset.heldout)) for _ in range(rounds)])[:count]
+    strata = (rng.permutation(count) + 0.5) / count
+    return HeldOutDraws(
+        dataset.heldout[torch.from_numpy(rows)],
+        normal((count, *dataset.shape), HELDOUT_STREAM, task.first, task.last, 1),
+        torch.from_numpy(task.first + np.floor(strata * task.length).astype(np.int64)),
+    )
+
+
+def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOutDraws:
+    """Fixed draws of tasks, in one tensor each."""
+    found = [task_draws(dataset, task, count) for task in tasks]
+    return HeldOutDraws(*(torch.stack([getattr(draws, name) for draws in found]) for name in ("x0", "eps", "t")))
+
+
+def check_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> None:
+    """Raise InputError if the draws of the tasks do not fit in memory."""
+    # Data and noise, and what is known of them.
+    each = (3 if dataset.law else 2) * len(tasks) * dataset.dim * torch.float32.itemsize
+    room = int(DRAWS_SHARE * free_bytes(torch.device("cpu")))
+    if each * count > room:
+        raise InputError(
+            f"{count} held-out draws for each of {len(tasks)} tasks of {dataset.dim} dimensions need "
+            f"{each * count / 2**30:.2g} GiB, and {room / 2**30:.2g} are to be had; ask for {room // each} or fewer"
+        )
 
 
 def zero_losses(
@@ -81,22 +110,49 @@ class _Zero(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def floor_losses(
-    dataset: Dataset, process: Process, draws: HeldOutDraws
-) -> tuple[npt.NDArray[np.float64], Tensor | None]:
-    """Losses (K, M) of the best denoiser known beforehand, and E[eps | x_t] (K, M, *) where the law is exact."""
-    law = dataset.law or wiener(dataset)
-    estimate = posterior_eps_at(law, process, draws.x0.flatten(0, 1), draws.eps.flatten(0, 1), draws.t.flatten())
-    losses = (estimate - draws.eps.flatten(0, 1).double()).square().flatten(1).sum(1).reshape(draws.t.shape)
-    posterior = estimate.float().reshape(draws.x0.shape) if dataset.law else None
-    return losses.numpy(), posterior
+class Floors:
+    """The best denoiser known beforehand: the posterior mean of an exact law, else the better of two linear ones.
 
+    Args:
+        dataset: its law, or its train samples, make the denoiser.
+        process: of the noise.
+    """
 
-def wiener(dataset: Dataset) -> GaussianMixture:
-    """The Gaussian of the train samples' mean and covariance; its posterior mean is the best linear denoiser."""
-    flat = dataset.train.flatten(1).double().numpy()
-    covariance = np.atleast_2d(np.cov(flat, rowvar=False))
-    return GaussianMixture([1.0], flat.mean(0, keepdims=True), covariance[None])
+    def __init__(self, dataset: Dataset, process: Process) -> None:
+        self.dataset, self.process = dataset, process
+
+    @functools.cached_property
+    def linear(self) -> Wiener:
+        """Of the train samples, as many as can be decomposed in a minute."""
+        flat = self.dataset.train.flatten(1)
+        n, dim = flat.shape
+        most = max(LEAST_DECOMPOSED, int(max(DECOMPOSED / dim**2, math.sqrt(DECOMPOSED / dim))))
+        if n > most:
+            flat = flat[torch.linspace(0, n - 1, most).long()]
+        return Wiener(flat.double().numpy(), np.ones(len(flat)))
+
+    def linear_losses(self, draws: HeldOutDraws) -> npt.NDArray[np.float64]:
+        """Losses (M,) of the best linear denoiser on the draws of a task, whose covariance is shrunk if that is better.
+
+        Which of the two it is depends on the noise; the draws of a task are too many to be fitted by a choice of two.
+        """
+        alpha, sigma = (torch.from_numpy(a)[draws.t] for a in (self.process.alpha, self.process.sigma))
+        x0, eps = draws.x0.flatten(1), draws.eps.flatten(1)
+        both = self.linear.losses(x0, eps, alpha, sigma, (0.0, self.linear.shrinkage))
+        return min(both, key=torch.mean).numpy()
+
+    def posterior_eps(self, draws: HeldOutDraws) -> Tensor | None:
+        """E[eps | x_t] at the draws of a task, float64 (M, *); None without an exact law."""
+        law = self.dataset.law
+        return None if law is None else posterior_eps_at(law, self.process, draws.x0, draws.eps, draws.t)
+
+    def losses(self, draws: HeldOutDraws) -> tuple[npt.NDArray[np.float64], Tensor | None]:
+        """Losses (M,) on the draws of a task, and E[eps | x_t] (M, *) where the law is exact."""
+        posterior = self.posterior_eps(draws)
+        if posterior is None:
+            return self.linear_losses(draws), None
+        losses = (posterior - draws.eps.double()).square().flatten(1).sum(1)
+        return losses.numpy(), posterior.float()
 
 
 def posterior_eps_at(law: Law, process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

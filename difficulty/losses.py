@@ -2,7 +2,7 @@
 
 For an exact law the floor is the Bayes loss and the excess is E|eps_hat - E[eps|x_t]|^2 / 2, free of the noise of the
 floor. Otherwise the floor is the least mean loss on the same draws over all seeds, all checkpoints up to twice the
-budget, and a Gaussian denoiser: an upper bound, so that the excess is a lower bound.
+budget, and the best linear denoiser: an upper bound, so that the excess is a lower bound.
 """
 
 __all__ = ["LOSS_COLUMNS", "LearningCurves", "best_known", "loss_table"]

@@ -107,6 +107,7 @@ def measure(
         "estimator": estimator,
         "dataset_fingerprint": dataset.fingerprint,
         "process_fingerprint": process.fingerprint,
+        **dataset.provenance,
     }
     began = time.monotonic()
     run = ranks.on_first(lambda: _open_folder(out, config, process))

@@ -5,12 +5,13 @@ nothing is unpickled. A conditional network is asked without its condition: clas
 text networks zeros as embeddings.
 """
 
-__all__ = ["DENOISER_FILE", "TrainedModel", "load_denoiser", "load_model", "save_denoiser"]
+__all__ = ["DENOISER_FILE", "TrainedModel", "load_denoiser", "load_model", "on_cpu", "save_denoiser"]
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from difficulty.network_file import network_of
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import sigma_data_of, to_eps
 from difficulty.process import Process, from_arrays
-from difficulty.records import write_bytes
+from difficulty.records import read_json, write_bytes
 from difficulty.schedulers import ScheduledProcess, process_from_scheduler
 
 DENOISER_FILE = "denoiser.safetensors"
@@ -39,12 +40,30 @@ class TrainedModel:
     Args:
         name: where it came from.
         process: its forward process; None for a function that works with the process it is probed on.
-        eps: estimate of eps at x_t (B, *) and integer t (B,), of the shape of x_t.
+        eps: estimate of eps at x_t (B, *) and integer t (B,), of the shape of x_t. It is given tensors of the CPU,
+            wherever its network is (``on_cpu``).
+        shape: of the samples that it takes, with None where any size will do; None if that is not known.
+        latents: how its latents are made of images, if it takes latents; see ``Dataset.latents``.
     """
 
     name: str
     process: Process | None
     eps: Callable[[Tensor, Tensor], Tensor]
+    shape: tuple[int | None, ...] | None = None
+    latents: Mapping[str, Any] | None = None
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether samples may have this shape, as far as is known."""
+        if self.shape is None:
+            return True
+        return len(shape) == len(self.shape) and all(
+            own in (None, size) for own, size in zip(self.shape, shape, strict=True)
+        )
+
+
+def on_cpu(eps: Callable[[Tensor, Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of tensors on a device as one of tensors on the CPU."""
+    return lambda x_t, t: eps(x_t.to(device), t.to(device)).cpu()
 
 
 def save_denoiser(
@@ -112,12 +131,13 @@ def _read_denoiser(path: Path) -> tuple[Denoiser, tuple[int, ...]]:
     return Denoiser(network, process, facts["prediction"], facts["data_std"], baseline=facts["baseline"]).eval(), shape
 
 
-def load_model(spec: str | Path) -> TrainedModel:
+def load_model(spec: str | Path, device: str = "cpu") -> TrainedModel:
     """A trained model by name.
 
     Args:
         spec: a ``denoiser.safetensors`` file or a training run's folder that holds one; a diffusers pipeline or model
             folder with its scheduler; or ``FILE.py:FUNCTION`` with ``FUNCTION(x_t, t) -> eps`` (the file is executed).
+        device: where the network is to run. A function chooses for itself.
 
     Raises:
         InputError: if nothing usable is there.
@@ -131,6 +151,7 @@ def load_model(spec: str | Path) -> TrainedModel:
         path = path / DENOISER_FILE
     if path.is_file():
         denoiser, shape = _read_denoiser(path)
+        denoiser.to(device)
 
         def eps(x_t: Tensor, t: Tensor) -> Tensor:
             # Some networks flatten their samples, and would take those of another layout for their own.
@@ -138,29 +159,41 @@ def load_model(spec: str | Path) -> TrainedModel:
                 raise InputError(f"{text} was trained on samples of shape {shape}, not {tuple(x_t.shape[1:])}")
             return denoiser.eps(x_t, t)
 
-        return TrainedModel(text, denoiser.process, eps)
+        return TrainedModel(text, denoiser.process, on_cpu(eps, device), shape, _latents_of_run(path.parent))
     if any((path / name / "config.json").exists() for name in (".", *BACKBONES)):
-        return _from_diffusers(path)
+        return _from_diffusers(path, device)
     raise InputError(
         f"{text} is no model: give a {DENOISER_FILE}, a finished run's folder, a diffusers folder, or FILE.py:FUNCTION"
     )
 
 
-def _from_diffusers(folder: Path) -> TrainedModel:
+def _from_diffusers(folder: Path, device: str) -> TrainedModel:
     schedules = [folder / "scheduler", folder, folder.parent / "scheduler"]
     schedule = next((place for place in schedules if (place / "scheduler_config.json").exists()), None)
     if schedule is None:
         raise InputError(f"{folder} holds no scheduler; save it beside the model with scheduler.save_pretrained")
-    network = DiffusersNetwork(load_component(model_folder(folder), "config.json")).eval()
+    network = DiffusersNetwork(load_component(model_folder(folder), "config.json")).eval().to(device)
     scheduled = process_from_scheduler(load_component(schedule, "scheduler_config.json"))
-    return TrainedModel(str(folder), scheduled.process, _eps_of(network, scheduled))
+    eps = on_cpu(_eps_of(network, scheduled, device), device)
+    latents = {"spec": str(folder), "posterior": "mean"} if (folder / "vae" / "config.json").exists() else None
+    return TrainedModel(str(folder), scheduled.process, eps, (network.model.config.in_channels, None, None), latents)
 
 
-def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network's estimate of eps as a function of (x_t, t)."""
+def _latents_of_run(folder: Path) -> Mapping[str, Any] | None:
+    """How the latents of a training run were made, if that folder holds one and it was of latents."""
+    if not (folder / "run.json").exists():
+        return None
+    run = read_json(folder / "run.json")
+    config = run.get("config") if isinstance(run, dict) else None
+    return config.get("latents") if isinstance(config, dict) else None
+
+
+def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess, device: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network's estimate of eps as a function of (x_t, t), all of it on the device."""
     process, sigma_data = scheduled.process, sigma_data_of(scheduled.prediction)
     alphas, sigmas, timesteps = (
-        torch.as_tensor(a, dtype=torch.float32) for a in (process.alpha, process.sigma, scheduled.model_timesteps)
+        torch.as_tensor(a, dtype=torch.float32, device=device)
+        for a in (process.alpha, process.sigma, scheduled.model_timesteps)
     )
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:

@@ -5,20 +5,22 @@ within each task. probe.csv has one row per task:
 
     heldout_loss  E |eps - eps_hat|^2 summed over dimensions, with its standard error
     floor         the Bayes loss of an exact law; else the best loss that a measurement of experts knows
-                  (``floor_from``), else that of a Gaussian denoiser; there the model itself may be the best
+                  (``floor_from``), else that of a linear denoiser; there the model itself may be the best
     excess_nats   (loss - floor)/2, nats per unit log-SNR, with its 90 % interval over draws; of an exact law
                   E |eps_hat - E[eps | x_t]|^2 / 2, the same without the noise of the floor
-    linear_loss   loss of the Gaussian denoiser
+    linear_loss   loss of the best linear denoiser of the train samples
     untrained     the loss is above it by more than its noise and ``NOTICED`` per dimension, or is no number
 
 Without an exact law floor.npy holds, per draw, the losses of the best denoiser known, this model included.
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
+
+What a task comes to is kept until the last one is done, so that an interrupted probe goes on at the next task.
 """
 
 __all__ = ["PROBE_COLUMNS", "Probe", "Prober", "probe", "probe_estimates"]
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +31,17 @@ import torch
 from torch import Tensor
 
 from difficulty.datasets import Dataset, load_dataset
+from difficulty.devices import full_precision
 from difficulty.errors import InputError, first_line
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
-from difficulty.heldout import floor_losses, heldout_draws, posterior_eps_at, wiener
+from difficulty.heldout import Floors, HeldOutDraws, task_draws
 from difficulty.intervals import Z90
+from difficulty.latents import autoencoder_of, latent_dataset
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
 from difficulty.ranking import Estimate, Ranking, rank_tasks
-from difficulty.records import finish_run, read_run, start_run, write_array, write_table
+from difficulty.records import finish_run, read_array, read_run, start_run, write_array, write_table
 from difficulty.tasks import Task, make_tasks
 
 PROBE_COLUMNS: Mapping[str, type] = {
@@ -45,6 +49,7 @@ PROBE_COLUMNS: Mapping[str, type] = {
     "floor_kind": str, "excess_nats": float, "excess_se": float, "ci_low": float, "ci_high": float,
     "linear_loss": float, "untrained": bool,
 }  # fmt: skip
+PARTIAL = "probe.partial.npy"
 # Draws that a model gets at a time, always as many: a matrix product rounds by its size, and the losses must not depend
 # on how they were computed.
 GROUP = 16
@@ -72,25 +77,34 @@ def probe(
     grid: str = "t",
     draws: int = 1024,
     floor_from: Path | None = None,
+    device: str = "cpu",
+    vae: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda message: None,
 ) -> Probe:
     """Judge a trained model on every task and write a probe folder.
 
     Args:
         model: see ``load_model``.
-        data: see ``load_dataset``; its held-out samples are used.
+        data: see ``load_dataset``; its held-out samples are used. A model of latents is given images as latents of
+            its own autoencoder.
         process: needed only for a function of the user's, which has none of its own.
-        out: folder to write.
+        out: folder to write; an interrupted probe with the same arguments goes on where it stopped.
         tasks, grid: see ``make_tasks``.
         draws: fixed draws per task.
         floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
+        device: where the network of a model that is named runs; the draws are the same anywhere, the losses to
+            rounding.
+        vae: autoencoder to make latents with, as ``Autoencoder`` takes it, if the model does not know its own.
         progress: called with (tasks done, in all).
+        tell: called with sentences for the user.
 
     Raises:
-        InputError: if model, data, process or floor do not fit together.
+        InputError: if model, data, process or floor do not fit together, or the folder holds an interrupted probe of
+            another model.
     """
-    model = model if isinstance(model, TrainedModel) else load_model(model)
-    dataset, out = load_dataset(data), Path(out)
+    model = model if isinstance(model, TrainedModel) else load_model(model, device)
+    dataset, out = _data_for(model, load_dataset(data), vae, device, tell), Path(out)
     chosen = _process_of(model, process)
     prober = Prober(dataset, chosen, tasks, grid, draws=draws, floor_from=floor_from)
     prober.check(model)  # refused here, before anything is written, if it does not fit
@@ -104,14 +118,17 @@ def probe(
         "floor_from": None if floor_from is None else str(floor_from),
         "dataset_fingerprint": dataset.fingerprint,
         "process_fingerprint": chosen.fingerprint,
+        **dataset.provenance,
     }
     began = time.monotonic()
     run = start_run(out, "probe", config)
     write_process(out, chosen)
-    table, known = prober(model, progress)
+    partial = out / PARTIAL
+    found = prober(model, progress, path=partial)
+    table = prober.table(found)
     write_table(out / "probe.csv", table)
-    if known is not None:
-        write_array(out / FLOOR_FILE, known.astype(np.float32))
+    if not prober.exact:
+        write_array(out / FLOOR_FILE, joint_floor([prober.floor, found[0]]).astype(np.float32))
     warnings = _warnings(table)
     ranking = rank_tasks(
         probe_estimates(table),
@@ -123,6 +140,7 @@ def probe(
         notes=warnings,
     )
     ranking.save(out / "ranking.json")
+    partial.unlink()
     finish_run(out, run, wall_seconds=round(time.monotonic() - began, 1))
     return Probe(table, ranking, warnings)
 
@@ -152,48 +170,73 @@ class Prober:
     ) -> None:
         if draws < 2:
             raise InputError(f"draws must be at least 2, got {draws}")
-        self.process = process
+        self.dataset, self.process, self.draws = dataset, process, draws
         self.tasks = make_tasks(process, tasks, grid)
-        self.draws = heldout_draws(dataset, self.tasks, draws)
         best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
-        flat = (self.draws.x0.flatten(0, 1), self.draws.eps.flatten(0, 1), self.draws.t.flatten())
-        linear = posterior_eps_at(wiener(dataset), process, *flat).reshape(self.draws.eps.shape)
-        self.linear = _squared(linear, self.draws.eps)
+        self.exact = dataset.law is not None
+        self.floor_kind = "exact" if self.exact else "linear" if best is None else "upper_bound"
+        self.floors = Floors(dataset, process)
+        # A task's draws are made whenever they are needed: those of all tasks might not fit in memory.
+        self.linear = np.stack([self.floors.linear_losses(self._draws_of(k)) for k in range(len(self.tasks))])
         self.noticed = NOTICED * dataset.dim
-        self.floor, self.posterior = floor_losses(dataset, process, self.draws)
-        self.floor_kind = "exact"
-        if self.posterior is None:
-            self.floor, self.floor_kind = (self.linear, "linear") if best is None else (best, "upper_bound")
+        self.floor = self.linear if best is None else best
+        if self.exact:
+            self.floor = np.stack([self.floors.losses(self._draws_of(k))[0] for k in range(len(self.tasks))])
 
     def check(self, model: TrainedModel) -> None:
         """Raise InputError unless the model maps samples of the data to their shape."""
-        self._estimate(model, 0, np.arange(1))
+        self._estimate(model, self._draws_of(0), np.arange(1))
 
     def __call__(
-        self, model: TrainedModel, progress: Callable[[int, int], None] | None = None
-    ) -> tuple[pd.DataFrame, Array | None]:
-        """probe.csv, and without an exact law the losses per draw of the best denoiser known, this model included."""
-        estimates = torch.empty_like(self.draws.eps)
-        count = estimates.shape[1]
-        for k in range(len(self.tasks)):
-            for start in range(0, count, GROUP):
-                # The last group is filled up with its first draw.
-                rows = np.arange(start, start + GROUP)
-                filled = self._estimate(model, k, np.where(rows < count, rows, start))
-                estimates[k, start : start + GROUP] = filled[: count - start]
+        self,
+        model: TrainedModel,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        path: Path | None = None,
+    ) -> Array:
+        """Per draw (2, K, M): |eps - eps_hat|^2 and |eps_hat - E[eps | x_t]|^2; without an exact law the first twice.
+
+        Args:
+            model: to be judged.
+            progress: called with (tasks done, in all).
+            path: of a file that keeps what is done, for the next call; left to the caller.
+
+        Raises:
+            InputError: if the model cannot take the draws, or the file is of another model or not readable.
+        """
+        found = np.empty((2, len(self.tasks), self.draws))
+        done = 0
+        if path is not None and path.exists():
+            earlier = self._read(path, model)
+            done = earlier.shape[1]
+            found[:, :done] = earlier
+        for k in range(done, len(self.tasks)):
+            draws = self._draws_of(k)
+            estimates = torch.cat([self._estimate(model, draws, rows) for rows in self._groups()])[: self.draws]
+            found[:, k] = _squared(estimates, draws.eps)
+            posterior = self.floors.posterior_eps(draws)
+            if posterior is not None:
+                found[1, k] = _squared(estimates, posterior.float())
+            if path is not None:
+                write_array(path, found[:, : k + 1])
             if progress is not None:
                 progress(k + 1, len(self.tasks))
-        losses = _squared(estimates, self.draws.eps)
+        return found
+
+    def table(self, found: Array) -> pd.DataFrame:
+        """probe.csv of what a call found."""
+        losses, distance = found
         # Paired draw by draw: the noise that both share cancels.
-        excess = 0.5 * (losses - self.floor if self.posterior is None else _squared(estimates, self.posterior))
-        mean, se = excess.mean(1), excess.std(1, ddof=1) / np.sqrt(count)
+        excess = 0.5 * (distance if self.exact else losses - self.floor)
+        root = np.sqrt(self.draws)
+        mean, se = excess.mean(1), excess.std(1, ddof=1) / root
         gain = self.linear - losses
         columns = {
             "task": np.arange(len(self.tasks)),
             "t_first": [task.first for task in self.tasks],
             "t_last": [task.last for task in self.tasks],
             "heldout_loss": losses.mean(1),
-            "heldout_se": losses.std(1, ddof=1) / np.sqrt(count),
+            "heldout_se": losses.std(1, ddof=1) / root,
             "floor": self.floor.mean(1),
             "floor_kind": self.floor_kind,
             "excess_nats": mean,
@@ -201,19 +244,41 @@ class Prober:
             "ci_low": mean - Z90 * se,
             "ci_high": mean + Z90 * se,
             "linear_loss": self.linear.mean(1),
-            "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain.std(1, ddof=1) / np.sqrt(count), self.noticed)),
+            "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain.std(1, ddof=1) / root, self.noticed)),
         }
-        known = None if self.posterior is not None else joint_floor([self.floor, losses])
-        return pd.DataFrame(columns, columns=list(PROBE_COLUMNS)), known
+        return pd.DataFrame(columns, columns=list(PROBE_COLUMNS))
 
-    def _estimate(self, model: TrainedModel, task: int, rows: npt.NDArray[np.int64]) -> Tensor:
+    def _draws_of(self, task: int) -> HeldOutDraws:
+        return task_draws(self.dataset, self.tasks[task], self.draws)
+
+    def _groups(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Draws by ``GROUP``; the last group is filled up with its first draw."""
+        for start in range(0, self.draws, GROUP):
+            rows = np.arange(start, start + GROUP)
+            yield np.where(rows < self.draws, rows, start)
+
+    def _read(self, path: Path, model: TrainedModel) -> Array:
+        """What an interrupted call kept, (2, tasks done, M), if it was of this model."""
+        try:
+            earlier = read_array(path)
+        except InputError:
+            raise InputError(f"{path} is not readable; delete it to start afresh") from None
+        if earlier.shape[::2] != (2, self.draws) or not 1 <= earlier.shape[1] <= len(self.tasks):
+            raise InputError(f"{path} has shape {earlier.shape}; delete it to start afresh")
+        draws, rows = self._draws_of(0), next(self._groups())
+        again = _squared(self._estimate(model, draws, rows), draws.eps[rows])
+        if not np.allclose(again, earlier[0, 0, rows], rtol=1e-3, equal_nan=True):
+            raise InputError(f"{path} is of another {model.name}, probed in part; delete it to start afresh")
+        return earlier
+
+    def _estimate(self, model: TrainedModel, draws: HeldOutDraws, rows: npt.NDArray[np.int64]) -> Tensor:
         """The model's estimate of eps at some draws of a task."""
-        x0, eps, t = self.draws.x0[task, rows], self.draws.eps[task, rows], self.draws.t[task, rows]
+        x0, eps, t = draws.x0[rows], draws.eps[rows], draws.t[rows]
         shape = (-1, *(1,) * (x0.ndim - 1))
         tables = (torch.as_tensor(a, dtype=torch.float32) for a in (self.process.alpha, self.process.sigma))
         alpha, sigma = (table[t].reshape(shape) for table in tables)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 estimate = model.eps(alpha * x0 + sigma * eps, t)
         except InputError:
             raise
@@ -224,7 +289,7 @@ class Prober:
             raise InputError(f"{model.name} returns a {type(estimate).__name__}; it must return a tensor")
         if tuple(estimate.shape) != tuple(x0.shape):
             raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
-        return estimate
+        return estimate.cpu()
 
 
 def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
@@ -241,6 +306,17 @@ def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
         note="one shared network; intervals over held-out draws only",
     )
     return {"excess_nats": estimate}
+
+
+def _data_for(
+    model: TrainedModel, dataset: Dataset, vae: str | None, device: str, tell: Callable[[str], None]
+) -> Dataset:
+    """The data as the model takes them: images as latents, if it takes those and they are not latents already."""
+    known = model.latents or {}
+    if vae is None and (not known or model.takes(dataset.shape)):
+        return dataset
+    autoencoder = autoencoder_of({"spec": vae, **known}, vae, device)
+    return latent_dataset(dataset, autoencoder, known.get("posterior", "mean"), tell)
 
 
 def _process_of(model: TrainedModel, process: str | Process | None) -> Process:
@@ -278,8 +354,8 @@ def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list
 
 
 def _squared(estimates: Tensor, goal: Tensor) -> Array:
-    """Squared distance summed over dimensions, (K, M)."""
-    return (estimates.double() - goal.double()).square().flatten(2).sum(2).numpy()
+    """Squared distance summed over dimensions, (n,)."""
+    return (estimates.double() - goal.double()).square().flatten(1).sum(1).numpy()
 
 
 def _warnings(table: pd.DataFrame) -> list[str]:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difficulty.cache import cached_tensors
 from difficulty.datasets import Dataset
 from difficulty.randomness import stream, torch_generator
 from difficulty.records import fingerprint_array
 from difficulty.threads import one_thread
-from training.cache import cached_tensors
 from training.streams import BATCH
 
 FEATURES = 64

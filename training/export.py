@@ -23,8 +23,8 @@ import torch
 
 from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.errors import InputError
+from difficulty.latents import autoencoder_of
 from difficulty.schedulers import scheduler_for
-from training.latents import autoencoder_of
 from training.run import Tell, restore, silent
 
 # The label of "no class" in diffusers' DiTPipeline.

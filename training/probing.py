@@ -9,11 +9,10 @@ __all__ = ["ProbeLog"]
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
-from difficulty.models import TrainedModel
+from difficulty.models import TrainedModel, on_cpu
 from difficulty.probe import PROBE_COLUMNS, Prober
 from difficulty.process import Process
 from difficulty.records import read_table, write_table
@@ -48,12 +47,8 @@ class ProbeLog:
         """To be called after every iteration."""
         if trainer.done % self.every and trainer.done != self.plan.steps:
             return
-        device = trainer.ema.alpha.device
-
-        def eps(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return trainer.ema.eps(x_t.to(device), t.to(device)).cpu()
-
-        table, _ = self.prober(TrainedModel("the run", trainer.process, eps))
+        model = TrainedModel("the run", trainer.process, on_cpu(trainer.ema.eps, trainer.device))
+        table = self.prober.table(self.prober(model))
         table.insert(0, "step", trainer.done)
         table.insert(1, "samples", trainer.done * self.plan.batch)
         if self.path.exists():

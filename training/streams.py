@@ -11,7 +11,6 @@ __all__ = [
     "FORWARD",
     "HELDOUT",
     "LABELS",
-    "LATENTS",
     "NOISE",
     "ORDER",
     "PRIOR",
@@ -30,4 +29,4 @@ LABELS = 7  # which conditions are dropped
 BOOTSTRAP = 8  # projections and resampling in metrics
 FORWARD = 9  # what a network draws in its own forward pass, as dropout does
 CONDITION = 10  # initial weights of what takes a condition
-LATENTS = 11  # draws of an autoencoder's posterior
+# 11: draws of an autoencoder's posterior (`difficulty/latents.py`)

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difficulty.cache import cache_folder, cached_tensors
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError, first_line
+from difficulty.pretrained import find_part, fingerprint_folders, model_files, root_folder
 from difficulty.randomness import stream, torch_generator
 from difficulty.records import digest
-from training.cache import cache_folder, cached_tensors
-from training.pretrained import find_part, fingerprint_folders, model_files, root_folder
 from training.streams import BATCH
 
 MOST_TOKENS = 256

@@ -45,9 +45,10 @@ from difficulty.relative_entropy.score import (
     conditional_scores,
     time_score,
 )
-from difficulty.relative_entropy.score_field import EXACT_DIVERGENCE, ModelScore, ScoreSource, Wiener, evaluate
+from difficulty.relative_entropy.score_field import EXACT_DIVERGENCE, ModelScore, ScoreSource, evaluate
 from difficulty.relative_entropy.score_training import ITERATIONS, train_score
 from difficulty.relative_entropy.verdict import ROUGHER, too_rough, unseen
+from difficulty.wiener import Wiener
 
 Array = npt.NDArray[np.float64]
 

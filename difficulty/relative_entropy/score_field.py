@@ -1,12 +1,9 @@
 """A denoiser as a source of time scores: a Gaussian baseline plus a correction that counts as far as data confirm it.
 
-At y = x0 + s eps, tau = log s, with data mean m and covariance Q diag(lam) Q^T, the best linear (Wiener) denoiser is
-
-    w(y) = [(y - m) - Q diag(lam/(lam + s^2)) Q^T (y - m)]/s,    s div w = D - sum lam/(lam + s^2).
-
-A denoiser's estimate eps_hat enters as w + kappa (eps_hat - w). At high noise what is to be learned falls like s^-3 and
-the error of a network does not, so that its relative entropy would be wrong by orders of magnitude. kappa is what a
-regression of eps on c = eps_hat - w gives on rows that the denoiser has not seen; with E[eps.c] = s E[div c] (Stein)
+At y = x0 + s eps, tau = log s, a denoiser's estimate eps_hat enters as w + kappa (eps_hat - w), with w the best linear
+denoiser of the data (`wiener.py`). At high noise what is to be learned falls like s^-3 and the error of a network does
+not, so that its relative entropy would be wrong by orders of magnitude. kappa is what a regression of eps on
+c = eps_hat - w gives on rows that the denoiser has not seen; with E[eps.c] = s E[div c] (Stein)
 
     kappa = (E[s div c - w.c] - standard error)/E[c^2],    clipped to [0, 1].
 
@@ -14,7 +11,7 @@ The divergence of c is exact up to 16 dimensions and otherwise Hutchinson's esti
 of one probe is biased, by factors of 10^6 at high noise; so E[f^2] is the U-statistic over at least two.
 """
 
-__all__ = ["EXACT_DIVERGENCE", "Evaluated", "ModelScore", "NetworkScore", "ScoreSource", "Wiener", "evaluate"]
+__all__ = ["EXACT_DIVERGENCE", "Evaluated", "ModelScore", "NetworkScore", "ScoreSource", "evaluate"]
 
 import math
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from difficulty.errors import InputError
 from difficulty.models import TrainedModel
 from difficulty.process import Process
 from difficulty.randomness import stream
+from difficulty.wiener import Wiener
 
 Array = npt.NDArray[np.float64]
 
@@ -50,26 +48,6 @@ class ScoreSource(Protocol):
     def eps(self, y: Tensor, tau: float) -> Tensor:
         """Estimate of eps at y (n, D) of one noise level, (n, D), differentiable in y."""
         ...
-
-
-class Wiener:
-    """The best linear denoiser of rows (n, D) with counts (n,)."""
-
-    def __init__(self, rows: Array, counts: Array) -> None:
-        mean = np.average(rows, axis=0, weights=counts)
-        scaled = (rows - mean) * np.sqrt(counts / counts.sum())[:, None]
-        _, values, axes = np.linalg.svd(scaled, full_matrices=False)
-        self.dim = rows.shape[1]
-        self.mean, self.axes, self.eigenvalues = (torch.from_numpy(a.copy()) for a in (mean, axes.T, values**2))
-
-    def eps(self, y: Tensor, tau: float) -> Tensor:
-        """w at y (n, D), float64."""
-        s, z = math.exp(tau), y - self.mean
-        return (z - ((z @ self.axes) * (self.eigenvalues / (self.eigenvalues + s**2))) @ self.axes.T) / s
-
-    def divergence(self, tau: float) -> float:
-        """s div w."""
-        return self.dim - float((self.eigenvalues / (self.eigenvalues + math.exp(2 * tau))).sum())
 
 
 class NetworkScore:

@@ -20,7 +20,8 @@ import torch
 
 from difficulty.networks import build_network
 from difficulty.randomness import stream
-from difficulty.relative_entropy.score_field import NetworkScore, Wiener
+from difficulty.relative_entropy.score_field import NetworkScore
+from difficulty.wiener import Wiener
 
 Array = npt.NDArray[np.float64]
 

@@ -1,5 +1,6 @@
 """On a GPU, pretended where there is none, the experts do what they do on the CPU."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import torch
 from pretended_gpu import DEVICE, pretended_gpu
 
-from difficulty import engines, expert_crew, experts
+from difficulty import engines, expert_crew, experts, models
 from difficulty.datasets import load_dataset
+from difficulty.denoiser import Denoiser
 from difficulty.expert_crew import TRAIN_STREAM, Crew
 from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_samples import SampleQuality
 from difficulty.experts import choose_expert_engine, train_experts
+from difficulty.models import save_denoiser
+from difficulty.networks import build_network
+from difficulty.probe import probe
 from difficulty.process import get_process
 from difficulty.tasks import make_tasks
 
@@ -114,3 +119,31 @@ def test_samples_of_experts_are_judged_on_a_gpu(gpu, monkeypatch):
     monkeypatch.undo()
     here = judged()
     np.testing.assert_allclose(there["value"], here["value"], rtol=1e-3)
+
+
+def probed_in_both_places(gpu, model, folder):
+    here = probe(model, "digits", out=folder / "here", tasks=2, draws=20)
+    with gpu:
+        there = probe(model, "digits", out=folder / "there", tasks=2, draws=20, device=DEVICE.type)
+    np.testing.assert_allclose(there.table["heldout_loss"], here.table["heldout_loss"], rtol=1e-4)
+
+
+def test_a_denoiser_is_probed_on_a_gpu(gpu, tmp_path):
+    shape = load_dataset("digits").shape
+    denoiser = Denoiser(build_network("unet:width=8", shape, 0), PROCESS, "v", 0.7)
+    save_denoiser(denoiser, tmp_path / "denoiser.safetensors", "unet:width=8", shape)
+    probed_in_both_places(gpu, tmp_path / "denoiser.safetensors", tmp_path)
+
+
+def test_a_diffusers_folder_is_probed_on_a_gpu(gpu, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    # diffusers reads weights by way of the device whose name is borrowed.
+    parts = {name: models.load_component(tmp_path, name) for name in ("config.json", "scheduler_config.json")}
+    monkeypatch.setattr(models, "load_component", lambda folder, name: copy.deepcopy(parts[name]))
+    probed_in_both_places(gpu, tmp_path, tmp_path)

@@ -14,6 +14,7 @@ from difficulty.commandline import run_cli
 from difficulty.datasets import load_dataset
 from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
+from difficulty.heldout import task_draws
 from difficulty.laws import gaussian
 from difficulty.models import TrainedModel, load_denoiser, load_model, save_denoiser
 from difficulty.networks import build_network
@@ -66,16 +67,61 @@ def test_the_model_always_gets_groups_of_one_size_and_every_draw_counts_once(tmp
         return model.eps(x, t)
 
     prober = Prober(data, PROCESS, 3, draws=50)
-    table, _ = prober(TrainedModel("own", PROCESS, eps))
+    table = prober.table(prober(TrainedModel("own", PROCESS, eps)))
     assert set(sizes) == {16}
-    draws, one = prober.draws, torch.arange(50)
-    for k, loss in enumerate(table["heldout_loss"]):
-        t = draws.t[k]
+    for task, loss in zip(prober.tasks, table["heldout_loss"], strict=True):
+        draws = task_draws(data, task, 50)
+        t = draws.t
         tables = (torch.as_tensor(a, dtype=torch.float32) for a in (PROCESS.alpha, PROCESS.sigma))
         alpha, sigma = (scales[t][:, None, None, None] for scales in tables)
         with torch.no_grad():
-            found = model.eps(alpha * draws.x0[k, one] + sigma * draws.eps[k, one], t)
-        assert float((found - draws.eps[k]).square().sum((1, 2, 3)).mean()) == pytest.approx(loss, rel=1e-5)
+            found = model.eps(alpha * draws.x0 + sigma * draws.eps, t)
+        assert float((found - draws.eps).square().sum((1, 2, 3)).mean()) == pytest.approx(loss, rel=1e-5)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after_two(done, total):
+    if done == 2:
+        raise Stopped
+
+
+@pytest.mark.parametrize("data", ["gaussian:dim=3,var=0.25,n=200", "digits"])
+def test_an_interrupted_probe_goes_on_at_the_next_task(tmp_path, data):
+    asked = []
+
+    def eps(x_t, t):
+        asked.append(int(t.max()))
+        return 0.5 * x_t
+
+    model = TrainedModel("half", PROCESS, eps)
+    whole = probe(model, data, out=tmp_path / "whole", tasks=4, draws=40)
+    with pytest.raises(Stopped):
+        probe(model, data, out=tmp_path / "p", tasks=4, draws=40, progress=stop_after_two)
+    asked.clear()
+    found = probe(model, data, out=tmp_path / "p", tasks=4, draws=40)
+    # The first group only to see that the model is the same.
+    assert [t > 500 for t in asked].count(False) == 2
+    pd.testing.assert_frame_equal(found.table, whole.table)
+    assert not list((tmp_path / "p").glob("*.partial*"))
+    for name in ("probe.csv", *(["floor.npy"] if data == "digits" else [])):
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_interrupted_probe_does_not_go_on_with_another_model(tmp_path):
+    out, arguments = tmp_path / "p", ("digits",)
+    options = {"out": out, "tasks": 4, "draws": 40}
+    with pytest.raises(Stopped):
+        probe(TrainedModel("mine", PROCESS, lambda x, t: 0.5 * x), *arguments, **options, progress=stop_after_two)
+    other = TrainedModel("mine", PROCESS, lambda x, t: 0.6 * x)
+    refused("of another mine, probed in part; delete it", other, *arguments, **options)
+    partial = out / "probe.partial.npy"
+    partial.write_bytes(partial.read_bytes()[:100])
+    refused("is not readable; delete it to start afresh", other, *arguments, **options)
+    partial.unlink()
+    assert probe(other, *arguments, **options).table["heldout_loss"].notna().all()
 
 
 def test_a_denoiser_is_read_back_as_it_was_written(tmp_path):

@@ -11,7 +11,8 @@ from difficulty.laws import GaussianMixture, gaussian
 from difficulty.models import TrainedModel
 from difficulty.process import get_process
 from difficulty.relative_entropy import kl, score_training
-from difficulty.relative_entropy.score_field import ModelScore, Wiener, evaluate
+from difficulty.relative_entropy.score_field import ModelScore, evaluate
+from difficulty.wiener import Wiener
 
 TIMES = [8, 24, 65, 150, 320, 550, 651, 950]
 

@@ -8,11 +8,11 @@ from diffusers_configs import DIT, UNET
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
+from difficulty.latents import Autoencoder, latent_dataset
 from difficulty.process import PROCESSES, get_process
 from difficulty.randomness import normal
 from difficulty.schedulers import process_from_scheduler, scheduler_for
 from training.export import export_run
-from training.latents import Autoencoder, latent_dataset
 from training.run import Cadence, train
 from training.sampling import draw_samples
 from training.streams import PRIOR

@@ -223,7 +223,7 @@ def test_data_that_vanish_are_said_and_the_last_good_state_is_kept(harm, shards,
 
 def test_latents_of_large_data_are_those_from_memory(shards, tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    from training import latents
+    from difficulty import latents
 
     torch.manual_seed(0)
     diffusers.AutoencoderKL(

@@ -10,8 +10,8 @@ import torch
 
 from difficulty.datasets import load_dataset, split_samples
 from difficulty.errors import InputError
+from difficulty.latents import Autoencoder, autoencoder_of, latent_dataset
 from training.cli import main as training_main
-from training.latents import Autoencoder, autoencoder_of, latent_dataset
 
 diffusers = pytest.importorskip("diffusers")
 

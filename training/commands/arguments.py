@@ -1,15 +1,13 @@
 """What several commands make of their arguments."""
 
-__all__ = ["File", "Text", "chosen_device", "chosen_process", "ranked_process", "warn"]
+__all__ = ["File", "Text", "chosen_process", "ranked_process", "warn"]
 
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from difficulty.errors import InputError, first_line
 from difficulty.process import PROCESSES, Process, get_process
 from difficulty.process_file import read_process
 from difficulty.ranking import Ranking
@@ -39,14 +37,3 @@ def ranked_process(name: str | None, ranking: Ranking, path: Path) -> Process:
     if ranking.process.get("name") not in PROCESSES and (folder / "process.csv").exists():
         return read_process(folder, ranking.process)
     return known_process(ranking.process, str(path))
-
-
-def chosen_device(name: str) -> str:
-    """cuda or cpu for auto; raises InputError for a device that torch cannot use."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used ({first_line(error)})") from None
-    return name

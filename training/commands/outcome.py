@@ -12,14 +12,15 @@ import tyro
 
 from difficulty.commandline import given_command
 from difficulty.datasets import load_dataset
+from difficulty.devices import chosen_device
 from difficulty.errors import InputError
+from difficulty.latents import autoencoder_of, latent_dataset
 from difficulty.records import write_bytes, write_json, write_table
-from training.commands.arguments import File, Text, chosen_device, warn
+from training.commands.arguments import File, Text, warn
 from training.commands.condition import asked_for, obedience, sentences, summary, told_of
 from training.curriculum import Curriculum, tasks_of
 from training.effects import LEVEL
 from training.heldout import HeldOut
-from training.latents import autoencoder_of, latent_dataset
 from training.metrics import SampleJudge, check_enough
 from training.plots import draw_folder, save_grid
 from training.run import restore

@@ -12,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
+from difficulty.devices import chosen_device
 from difficulty.errors import InputError
-from training.commands.arguments import Text, chosen_device, chosen_process
+from difficulty.latents import Autoencoder, check_posterior, latent_dataset
+from training.commands.arguments import Text, chosen_process
 from training.commands.condition import chosen_condition, chosen_text
 from training.curriculum import Curriculum, tasks_of
 from training.events import EventLog
 from training.heldout import HeldOut
-from training.latents import Autoencoder, latent_dataset
 from training.parallel import join_processes
 from training.plan import TrainPlan
 from training.plots import draw_folder, save_grid
@@ -123,8 +124,7 @@ def run(
         device: cpu, cuda, or auto.
         json: Print the final losses as JSON.
     """
-    if posterior != "mean" and vae is None:
-        raise InputError(f"--posterior {posterior} is of the latents of an autoencoder; give one with --vae")
+    check_posterior(posterior, vae)
     if floor_from and not probe_every:
         raise InputError("--floor-from is of the probe; ask for one with --probe-every")
     rank, where = join_processes(chosen_device(device))

@@ -10,7 +10,7 @@ Latents are cached with the fingerprints of autoencoder and images. A latent dat
 samples have the shape of a latent, and ``Dataset.latents`` says how they were made.
 """
 
-__all__ = ["POSTERIORS", "Autoencoder", "autoencoder_of", "latent_dataset"]
+__all__ = ["POSTERIORS", "Autoencoder", "autoencoder_of", "check_posterior", "latent_dataset", "load_latents"]
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difficulty.datasets import Dataset
+from difficulty.cache import cached_tensors
+from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose, first_line
+from difficulty.pretrained import find_part, fingerprint_folders, root_folder
 from difficulty.randomness import normal
-from training.cache import cached_tensors
-from training.pretrained import find_part, fingerprint_folders, root_folder
-from training.streams import LATENTS
 
 CHUNK = 32  # images per forward pass
 BLOCK = 32 * CHUNK  # images read at a time where they do not fit in memory
 PART = "vae"
+POSTERIOR_STREAM = 11  # second counter of its draws, the first being 0; a run's streams have others
 MOST = 1.01  # images in [-1, 1], with room for rounding
 POSTERIORS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of mean, deviation and standard normal noise
     "mean": lambda mean, std, noise: mean,
@@ -102,7 +102,7 @@ class Autoencoder:
             except RuntimeError as error:
                 shape = tuple(images.shape[1:])
                 raise InputError(f"{self.spec} cannot encode images of shape {shape} ({first_line(error)})") from None
-            noise = normal(tuple(found.mean.shape), 0, LATENTS, part, number).to(self.device)
+            noise = normal(tuple(found.mean.shape), 0, POSTERIOR_STREAM, part, number).to(self.device)
             latents.append(((pick(found.mean, found.std, noise) - self.shift) * self.scaling).cpu())
         return torch.cat(latents)
 
@@ -172,11 +172,36 @@ def latent_dataset(
     )
 
 
-def autoencoder_of(latents: Mapping[str, Any], moved: str | None = None, device: str = "cpu") -> Autoencoder:
-    """The autoencoder that a run's latents were made by; see ``Dataset.latents``.
+def check_posterior(posterior: str, vae: str | None) -> None:
+    """Raise InputError if a posterior is asked for without the autoencoder that has it."""
+    if posterior != "mean" and vae is None:
+        raise InputError(f"--posterior {posterior} is of the latents of an autoencoder; give one with --vae")
+
+
+def load_latents(
+    spec: str, vae: str | None, posterior: str, device: str = "cpu", tell: Callable[[str], None] = lambda message: None
+) -> Dataset:
+    """The data set of that name, as latents if an autoencoder is given.
 
     Args:
-        latents: how they were made.
+        spec: see ``load_dataset``.
+        vae: see ``Autoencoder``; None leaves the data as they are.
+        posterior, tell: see ``latent_dataset``.
+        device: where the autoencoder computes.
+
+    Raises:
+        InputError: see ``load_dataset`` and ``latent_dataset``.
+    """
+    check_posterior(posterior, vae)
+    data = load_dataset(spec)
+    return data if vae is None else latent_dataset(data, Autoencoder(vae, device), posterior, tell)
+
+
+def autoencoder_of(latents: Mapping[str, Any], moved: str | None = None, device: str = "cpu") -> Autoencoder:
+    """The autoencoder that a model's latents were made by; see ``Dataset.latents``.
+
+    Args:
+        latents: how they were made; without the fingerprint of the autoencoder any that is there is taken.
         moved: where the autoencoder is now, if not where it was.
         device: where it computes.
 
@@ -184,6 +209,6 @@ def autoencoder_of(latents: Mapping[str, Any], moved: str | None = None, device:
         InputError: if another one is there.
     """
     found = Autoencoder(moved or latents["spec"], device)
-    if found.fingerprint != latents["autoencoder"]:
+    if latents.get("autoencoder", found.fingerprint) != found.fingerprint:
         raise InputError(f"{found.spec} is not the autoencoder that the run's latents were made by; name it by --vae")
     return found

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.cache import cache_folder, cached_tensors
+from difficulty.cache import cache_folder, cached_tensors
 
 FACTS = {"model": "a", "data": [1, 2]}
 

@@ -1,0 +1,43 @@
+"""Where networks run: the CPU or a GPU, what memory is free there, and how exact it computes."""
+
+__all__ = ["chosen_device", "free_bytes", "full_precision", "training_device"]
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+from difficulty.errors import InputError, first_line
+
+
+def chosen_device(name: str) -> str:
+    """cuda or cpu for auto; raises InputError for a device that torch cannot use."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used ({first_line(error)})") from None
+    return name
+
+
+def training_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """A context in which a GPU's convolutions keep the digits of float32 and the order of their sums.
+
+    By default they round their inputs to 10 bits (TF32), and may choose another algorithm each time.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

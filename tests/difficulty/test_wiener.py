@@ -1,0 +1,63 @@
+"""The linear denoiser against the posterior mean of the Gaussian that it stands for."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+
+from difficulty.datasets import load_dataset
+from difficulty.heldout import Floors, task_draws
+from difficulty.laws import GaussianMixture
+from difficulty.process import get_process
+from difficulty.tasks import make_tasks
+from difficulty.wiener import Wiener
+
+# Noise levels from hardly any to nothing but noise.
+LEVELS = [(1.0, 1e-3), (0.9, 0.4), (0.3, 0.95), (0.0, 1.0)]
+
+
+def rows_of(n, dim):
+    rng = np.random.default_rng(n)
+    return rng.standard_normal((n, dim)) * np.linspace(0.2, 2.0, dim) + 1.0
+
+
+def gaussian_losses(mean, covariance, x0, eps, alpha, sigma):
+    law = GaussianMixture([1.0], mean[None], covariance[None])
+    return (law.posterior_eps(alpha * x0 + sigma * eps, alpha, sigma) - eps).square().sum(1)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(60, 5), (8, 12)])
+@pytest.mark.parametrize(("alpha", "sigma"), LEVELS)
+def test_losses_are_those_of_the_gaussian_with_that_covariance(n, dim, alpha, sigma):
+    rows = rows_of(n, dim)
+    wiener = Wiener(rows, np.ones(n))
+    x0, eps = torch.from_numpy(rows_of(20, dim)), torch.from_numpy(np.random.default_rng(5).standard_normal((20, dim)))
+    scales = (torch.full((20,), value, dtype=torch.float64) for value in (alpha, sigma))
+    plain, shrunk = wiener.losses(x0, eps, *scales, (0.0, wiener.shrinkage))
+    mean, sample = rows.mean(0), np.cov(rows, rowvar=False, ddof=0)
+    # Off the span of few samples sigma alone is left of the variance, and the data divided by it.
+    torch.testing.assert_close(plain, gaussian_losses(mean, sample, x0, eps, alpha, sigma), rtol=1e-6, atol=1e-9)
+    reference, share = ledoit_wolf(rows)
+    assert wiener.shrinkage == pytest.approx(share, rel=1e-9)
+    torch.testing.assert_close(shrunk, gaussian_losses(mean, reference, x0, eps, alpha, sigma), rtol=1e-6, atol=1e-9)
+
+
+def test_repeated_rows_are_rows_with_counts():
+    rows, counts = rows_of(10, 4), np.arange(1, 11)
+    whole, counted = Wiener(np.repeat(rows, counts, axis=0), np.ones(counts.sum())), Wiener(rows, counts)
+    np.testing.assert_allclose(counted.eigenvalues, whole.eigenvalues, rtol=1e-9)
+    assert counted.shrinkage == pytest.approx(whole.shrinkage, rel=1e-9)
+
+
+def test_few_samples_of_many_dimensions_do_not_make_a_floor_that_is_worse_than_none(tmp_path):
+    rng = np.random.default_rng(0)
+    spectrum = np.linspace(0.2, 1.0, 128)
+    np.save(tmp_path / "few.npy", (rng.standard_normal((125, 128)) * spectrum).astype(np.float32))
+    data, process = load_dataset(tmp_path / "few.npy"), get_process("vp-linear")
+    floors, (task, *_) = Floors(data, process), make_tasks(process, 20)
+    draws = task_draws(data, task, 64)
+    alpha, sigma = (torch.from_numpy(a)[draws.t] for a in (process.alpha, process.sigma))
+    plain, shrunk = floors.linear.losses(draws.x0, draws.eps, alpha, sigma, (0.0, floors.linear.shrinkage))
+    zero = data.dim
+    assert float(plain.mean()) > zero > float(shrunk.mean())
+    np.testing.assert_array_equal(floors.linear_losses(draws), shrunk)
