@@ -14,6 +14,7 @@ The columns are those of the data as given: after a rotation none is discrete, a
 
 __all__ = ["lacking_in_columns", "mmse_lacking_in_columns", "rates_lacking_in_columns"]
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,6 +31,8 @@ Columns = tuple[DiscreteColumn, ...]
 # Error of what is added for a column, as a share of it: where its values lie so many standard deviations of the noise
 # apart that it tells them, and where it does not.
 APART, DOUBT_APART, DOUBT = 6.0, 0.1, 0.3
+# Laws of atoms whose rates are kept.
+REMEMBERED = 1024
 
 
 def lacking_in_columns(fit: Fit, columns: Columns, pairs: Pairs) -> Measured:
@@ -48,27 +51,40 @@ def lacking_in_columns(fit: Fit, columns: Columns, pairs: Pairs) -> Measured:
 def rates_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of A, B, C, I_min (F5) at m levels of log noise scale, shape (m, 4)."""
     total = np.zeros((len(tau), 4))
-    for column, near, (atoms, marginal) in _where_it_matters(fit, columns, tau):
-        total[near] += column.share * (atoms.profile(tau[near], 0, 0) - marginal.profile(tau[near], 0, 0))
+    for column, near, (_, marginal) in _where_it_matters(fit, columns, tau):
+        total[near] += column.share * (_rates_of_atoms(column, tuple(tau[near])) - marginal.profile(tau[near], 0, 0))
     return total
 
 
 def mmse_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of the mmse, shape (m,); not positive, since atoms are easier to tell than what is smooth."""
     total = np.zeros(len(tau))
-    for column, near, (atoms, marginal) in _where_it_matters(fit, columns, tau):
-        total[near] += column.share * (atoms.mmse(tau[near], 0, 0) - marginal.mmse(tau[near], 0, 0))
+    for column, near, (_, marginal) in _where_it_matters(fit, columns, tau):
+        total[near] += column.share * (_mmse_of_atoms(column, tuple(tau[near])) - marginal.mmse(tau[near], 0, 0))
     return total
+
+
+# Asked for again with every fit, at the same levels.
+@functools.lru_cache(maxsize=REMEMBERED)
+def _rates_of_atoms(column: DiscreteColumn, tau: tuple[float, ...]) -> Array:
+    return _atoms(column).profile(np.array(tau), 0, 0)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _mmse_of_atoms(column: DiscreteColumn, tau: tuple[float, ...]) -> Array:
+    return _atoms(column).mmse(np.array(tau), 0, 0)
+
+
+def _atoms(column: DiscreteColumn) -> ProductBlock:
+    return ProductBlock(np.ones((1, 1)), column.weights[None], column.values[None], np.zeros((1, len(column.values))))
 
 
 def _where_it_matters(
     fit: Fit, columns: Columns, tau: Array
 ) -> Iterator[tuple[DiscreteColumn, Rows, tuple[ProductBlock, ProductBlock]]]:
     """Each column with the levels whose noise shows its steps, its law of atoms and the fit's marginal on it."""
-    one = np.ones((1, 1))
     for column in columns:
         near = np.flatnonzero(np.exp(tau) < column.step)
         if len(near):
-            atoms = ProductBlock(one, column.weights[None], column.values[None], np.zeros((1, len(column.values))))
-            marginal = ProductBlock(one, *(part[None] for part in fit.marginal(column.direction)))
-            yield column, near, (atoms, marginal)
+            marginal = ProductBlock(np.ones((1, 1)), *(part[None] for part in fit.marginal(column.direction)))
+            yield column, near, (_atoms(column), marginal)
