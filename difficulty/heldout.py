@@ -27,6 +27,8 @@ from difficulty.randomness import normal, stream
 from difficulty.tasks import Task
 from difficulty.wiener import Wiener
 
+# Of the covariance of the linear denoiser.
+SHRINKAGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 # Share of the free memory that held-out draws may take.
 DRAWS_SHARE = 0.5
 # Of n samples in D dimensions, n D min(n, D) at most, and n at least: what their decomposition costs.
@@ -111,7 +113,7 @@ class _Zero(torch.nn.Module):
 
 
 class Floors:
-    """The best denoiser known beforehand: the posterior mean of an exact law, else the better of two linear ones.
+    """The best denoiser known beforehand: the posterior mean of an exact law, else the best linear one.
 
     Args:
         dataset: its law, or its train samples, make the denoiser.
@@ -132,14 +134,10 @@ class Floors:
         return Wiener(flat.double().numpy(), np.ones(len(flat)))
 
     def linear_losses(self, draws: HeldOutDraws) -> npt.NDArray[np.float64]:
-        """Losses (M,) of the best linear denoiser on the draws of a task, whose covariance is shrunk if that is better.
-
-        Which of the two it is depends on the noise; the draws of a task are too many to be fitted by a choice of two.
-        """
+        """Losses (M,) of the best linear denoiser on the draws of a task, its covariance shrunk as is best there."""
         alpha, sigma = (torch.from_numpy(a)[draws.t] for a in (self.process.alpha, self.process.sigma))
         x0, eps = draws.x0.flatten(1), draws.eps.flatten(1)
-        both = self.linear.losses(x0, eps, alpha, sigma, (0.0, self.linear.shrinkage))
-        return min(both, key=torch.mean).numpy()
+        return min(self.linear.losses(x0, eps, alpha, sigma, SHRINKAGES), key=torch.mean).numpy()
 
     def posterior_eps(self, draws: HeldOutDraws) -> Tensor | None:
         """E[eps | x_t] at the draws of a task, float64 (M, *); None without an exact law."""

@@ -5,10 +5,13 @@ With data mean m and covariance Q diag(lam) Q^T, at y = x_t/alpha = x0 + s eps,
     w(y) = E[eps | y] = [(y - m) - Q diag(lam/(lam + s^2)) Q^T (y - m)]/s,    s div w = D - sum lam/(lam + s^2).
 
 Where samples are few for their dimensions, the small eigenvalues of their covariance are far too small and it knows
-nothing off their span, so that at little noise its filter is worse than none. Shrunk (Ledoit and Wolf 2004, "A
-well-conditioned estimator for large-dimensional covariance matrices", eq. 14), with mu = sum lam/D, it is that of
+nothing off their span, so that at little noise its filter is worse than none. What helps is the filter of a covariance
+that is shrunk by a share d towards the mean of its eigenvalues (Ledoit and Wolf 2004, "A well-conditioned estimator for
+large-dimensional covariance matrices"):
 
-    (1 - d) Q diag(lam) Q^T + d mu I,    d = min(1, (E|x0 - m|^4 - sum lam^2)/(n (sum lam^2 - D mu^2))).
+    (1 - d) Q diag(lam) Q^T + d (sum lam/D) I.
+
+How much helps most depends on the noise, and is more than makes the covariance itself best where the spectrum falls.
 """
 
 __all__ = ["Wiener"]
@@ -30,7 +33,6 @@ class Wiener:
     Attributes:
         dim: D.
         mean, axes, eigenvalues: m (D,), Q (D, r) with r = min(n, D), and lam (r,), falling.
-        shrinkage: d.
     """
 
     def __init__(self, rows: Array, counts: Array) -> None:
@@ -39,10 +41,6 @@ class Wiener:
         _, values, axes = np.linalg.svd(scaled, full_matrices=False)
         self.dim = rows.shape[1]
         self.mean, self.axes, self.eigenvalues = (torch.from_numpy(a.copy()) for a in (mean, axes.T, values**2))
-        energy, total = float((values**4).sum()), float((values**2).sum())
-        fourth = float((np.square(scaled).sum(1) ** 2 / counts).sum() * counts.sum())
-        spread = energy - total**2 / self.dim
-        self.shrinkage = min(1.0, (fourth - energy) / (counts.sum() * spread)) if spread > 0 else 0.0
 
     def eps(self, y: Tensor, tau: float) -> Tensor:
         """w at y (n, D) of log noise scale tau = log s, float64."""
@@ -56,12 +54,12 @@ class Wiener:
     def losses(
         self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, shrinkages: Sequence[float] = (0.0,)
     ) -> list[Tensor]:
-        """|E[eps | x_t] - eps|^2 at x_t = alpha x0 + sigma eps, float64 (n,), one for each shrinkage of the covariance.
+        """|E[eps | x_t] - eps|^2 at x_t = alpha x0 + sigma eps, float64 (n,), for each shrinkage of the covariance.
 
         Args:
             x0, eps: (n, D).
             alpha, sigma: (n,).
-            shrinkages: in place of d, in [0, 1].
+            shrinkages: d in [0, 1].
         """
         clean, noise = x0.double() - self.mean, eps.double()
         along_clean, along_noise = clean @ self.axes, noise @ self.axes
