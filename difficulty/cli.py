@@ -54,6 +54,7 @@ def measure(
     seeds: int = 3,
     budget: int = 2000,
     batch: int = 128,
+    draws: int = 1024,
     learning_rate: float = 1e-3,
     engine: str = "auto",
     compile: bool = False,
@@ -84,6 +85,7 @@ def measure(
         seeds: how many experts per task; more make the intervals narrower.
         budget: iterations at which difficulty is read off; training goes on to twice that for the floor.
         batch: samples per iteration and expert.
+        draws: fixed held-out draws per task, on which experts are judged at every checkpoint.
         learning_rate: of AdamW.
         engine: how experts are trained together: auto, batched, vmap or loop.
         compile: compile the experts' program; takes about a minute, and a C++ compiler (on a GPU, triton).
@@ -109,6 +111,7 @@ def measure(
         seeds=tuple(range(seeds)),
         budget=budget,
         batch=batch,
+        heldout_draws=draws,
         learning_rate=learning_rate,
         engine=engine,
         compile=compile,

@@ -54,7 +54,7 @@ class ExpertPlan:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.heldout_draws < 2:
-            raise InputError(f"heldout_draws must be at least 2 for a standard error, got {self.heldout_draws}")
+            raise InputError(f"a standard error needs at least 2 held-out draws, got {self.heldout_draws}")
         if self.engine != "auto":
             choose("engine", self.engine, ENGINES)
         choose("start", self.start, dict.fromkeys(STARTS))

@@ -78,8 +78,8 @@ def check_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> None:
     room = int(DRAWS_SHARE * free_bytes(torch.device("cpu")))
     if each * count > room:
         raise InputError(
-            f"{count} held-out draws for each of {len(tasks)} tasks of {dataset.dim} dimensions need "
-            f"{each * count / 2**30:.2g} GiB, and {room / 2**30:.2g} are to be had; ask for {room // each} or fewer"
+            f"{count} held-out draws for each of {len(tasks)} tasks in {dataset.dim} dimensions need "
+            f"{each * count / 2**30:.2g} GiB, and {room / 2**30:.2g} are to be had; ask for fewer draws or tasks"
         )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from difficulty import heldout
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan, log_spaced_iterations
@@ -210,3 +211,12 @@ def test_of_an_exact_law_the_zero_networks_excess_is_as_free_of_noise_as_the_exp
 def test_one_draw_has_no_standard_error():
     with pytest.raises(InputError, match="at least 2"):
         dataclasses.replace(PLAN, heldout_draws=1)
+
+
+def test_draws_that_do_not_fit_in_memory_are_refused(monkeypatch):
+    # Data, noise and posterior mean of 40 draws in 2 dimensions, for each of four tasks.
+    needed = 3 * 40 * 2 * 4 * len(TASKS)
+    monkeypatch.setattr(heldout, "free_bytes", lambda device: int(needed / heldout.DRAWS_SHARE) - 2)
+    with pytest.raises(InputError, match="40 held-out draws for each of 4 tasks in 2 dimensions need .* fewer draws or"):
+        train_experts(GRID, PROCESS, TASKS, PLAN)
+    train_experts(GRID, PROCESS, TASKS, dataclasses.replace(PLAN, heldout_draws=39))
