@@ -32,6 +32,9 @@ class Elsewhere(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return _run(operation, args, kwargs or {})
 
+    def tolist(self):
+        return self.inner.tolist()
+
 
 class _Dispatch(TorchDispatchMode):
     """For what is made there of nothing: zeros, random numbers, copies of tensors of the CPU."""
