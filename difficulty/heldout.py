@@ -139,16 +139,12 @@ class Floors:
         x0, eps = draws.x0.flatten(1), draws.eps.flatten(1)
         return min(self.linear.losses(x0, eps, alpha, sigma, SHRINKAGES), key=torch.mean).numpy()
 
-    def posterior_eps(self, draws: HeldOutDraws) -> Tensor | None:
-        """E[eps | x_t] at the draws of a task, float64 (M, *); None without an exact law."""
-        law = self.dataset.law
-        return None if law is None else posterior_eps_at(law, self.process, draws.x0, draws.eps, draws.t)
-
     def losses(self, draws: HeldOutDraws) -> tuple[npt.NDArray[np.float64], Tensor | None]:
         """Losses (M,) on the draws of a task, and E[eps | x_t] (M, *) where the law is exact."""
-        posterior = self.posterior_eps(draws)
-        if posterior is None:
+        law = self.dataset.law
+        if law is None:
             return self.linear_losses(draws), None
+        posterior = posterior_eps_at(law, self.process, draws.x0, draws.eps, draws.t)
         losses = (posterior - draws.eps.double()).square().flatten(1).sum(1)
         return losses.numpy(), posterior.float()
 

@@ -175,13 +175,16 @@ class Prober:
         best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
         self.exact = dataset.law is not None
         self.floor_kind = "exact" if self.exact else "linear" if best is None else "upper_bound"
-        self.floors = Floors(dataset, process)
-        # A task's draws are made whenever they are needed: those of all tasks might not fit in memory.
-        self.linear = np.stack([self.floors.linear_losses(self._draws_of(k)) for k in range(len(self.tasks))])
         self.noticed = NOTICED * dataset.dim
-        self.floor = self.linear if best is None else best
-        if self.exact:
-            self.floor = np.stack([self.floors.losses(self._draws_of(k))[0] for k in range(len(self.tasks))])
+        floors, linear, known = Floors(dataset, process), [], []
+        for k in range(len(self.tasks)):
+            # A task's draws are made whenever they are needed: those of all tasks might not fit in memory.
+            own = self._draws_of(k)
+            linear.append(floors.linear_losses(own))
+            known.append(floors.losses(own) if self.exact else (linear[-1], None))
+        self.linear = np.stack(linear)
+        self.floor = np.stack([losses for losses, _ in known]) if best is None else best
+        self.posterior = [posterior for _, posterior in known]
 
     def check(self, model: TrainedModel) -> None:
         """Raise InputError unless the model maps samples of the data to their shape."""
@@ -213,10 +216,9 @@ class Prober:
         for k in range(done, len(self.tasks)):
             draws = self._draws_of(k)
             estimates = torch.cat([self._estimate(model, draws, rows) for rows in self._groups()])[: self.draws]
-            found[:, k] = _squared(estimates, draws.eps)
-            posterior = self.floors.posterior_eps(draws)
-            if posterior is not None:
-                found[1, k] = _squared(estimates, posterior.float())
+            goal = self.posterior[k]
+            found[0, k] = _squared(estimates, draws.eps)
+            found[1, k] = found[0, k] if goal is None else _squared(estimates, goal)
             if path is not None:
                 write_array(path, found[:, : k + 1])
             if progress is not None:
