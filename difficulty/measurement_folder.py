@@ -223,15 +223,19 @@ def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "")
         part = part.sort_values("task")
         if part["task"].tolist() != list(range(tasks)):
             raise InputError(f"convergence.csv does not have one row per task for {name!r}; measure again")
+        value, low, high = (part[column].to_numpy(dtype=np.float64) for column in ("value", "ci_low", "ci_high"))
+        censored = part["censored"].to_numpy(dtype=bool)
         estimates[str(name)] = Estimate(
             unit=str(part["unit"].iloc[0]),
-            value=part["value"].to_numpy(dtype=np.float64),
-            ci_low=part["ci_low"].to_numpy(dtype=np.float64),
-            ci_high=part["ci_high"].to_numpy(dtype=np.float64),
+            value=value,
+            ci_low=low,
+            ci_high=high,
             log=part["scale"].iloc[0] == "log",
-            flagged=part["censored"].to_numpy(dtype=bool),
+            flagged=censored,
             hardest_if_missing=True,
             note=floor_note if name in OVER_THE_FLOOR else "",
+            # The value of a stuck expert is no bound.
+            unlearned=censored & np.isfinite(value) & np.isfinite(low) & np.isfinite(high),
         )
     return estimates
 

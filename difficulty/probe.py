@@ -306,6 +306,7 @@ def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
         flagged=(table["untrained"] | (table["floor_kind"] == "linear")).to_numpy(dtype=bool),
         hardest_if_missing=True,
         note="one shared network; intervals over held-out draws only",
+        unlearned=table["untrained"].to_numpy(dtype=bool),
     )
     return {"excess_nats": estimate}
 

@@ -167,6 +167,8 @@ class Estimate:
         hardest_if_missing: whether a missing value means that the task could not be learned (it is ranked hardest),
             rather than that the measure says nothing about it (it is not ranked).
         note: for the reader.
+        unlearned: (K,), flagged because the network did not learn the task: the value is how far it is from that, and
+            may be large or small, but says nothing of how easy the task is. None means no task.
     """
 
     unit: str
@@ -177,6 +179,7 @@ class Estimate:
     flagged: npt.NDArray[np.bool_]
     hardest_if_missing: bool
     note: str = ""
+    unlearned: npt.NDArray[np.bool_] | None = None
 
     @property
     def centre(self) -> Array:
@@ -319,20 +322,31 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     position = np.arange(len(ranked), dtype=np.float64)
     tau, low, high = with_interval(float(kendall(centre[ranked], -position)), kendall(replicates[:, ranked], -position))
     if np.isnan(tau):
-        return f"{name}: no task was learned, so that none can be told from another; use a larger budget."
-    # How easy a task is whose value is an upper bound is not known.
-    named = order[~estimate.flagged[order] | _surely_hard(estimate)[order]]
-    named = named if len(named) else order
-    hardest, easiest = tasks[named[-1]], tasks[named[0]]
+        return f"{name}: no task was learned, so that none can be told from another."
     without = ", ".join(f"{task.first}..{task.last}" for task in tasks if np.isnan(centre[task.index]))
     apart = int(_told_apart(order, estimate, replicates).sum())
     return (
-        f"{name}: hardest t {hardest.first}..{hardest.last}, easiest t {easiest.first}..{easiest.last}"
+        f"{name}: {_extremes(estimate, order, tasks)}"
         f"{f', of those with a value (t {without} have none)' if without else ''}; "
         f"{apart} of {len(order) - 1} neighbours in rank can be told apart at {TOLD_APART:.0%}; "
         f"'lower t is harder' {_lower_is_harder(estimate, replicates, tasks, (tau, low, high))} "
         f"(tau {tau:+.2f} [{low:+.2f}, {high:+.2f}])."
     )
+
+
+def _extremes(estimate: Estimate, order: npt.NDArray[np.int64], tasks: Sequence[Task]) -> str:
+    """The hardest and the easiest task, as far as either can be named."""
+    # How easy a task is whose value is an upper bound is not known, nor that of a task that was not learned.
+    sure, hard = ~estimate.flagged[order], _surely_hard(estimate)[order]
+    finite = np.isfinite(estimate.centre[order])
+    top = order[sure | hard] if (sure | hard).any() else order
+    bottom = order[sure & finite] if (sure & finite).any() else order[finite & ~hard]
+    hardest = tasks[top[-1]]
+    named = f"hardest t {hardest.first}..{hardest.last}"
+    if not len(bottom) or bottom[0] == top[-1]:
+        return f"{named}, the easiest cannot be named, since all others are flagged"
+    easiest = tasks[bottom[0]]
+    return f"{named}, easiest t {easiest.first}..{easiest.last}"
 
 
 def _lower_is_harder(
@@ -345,6 +359,8 @@ def _lower_is_harder(
     sure = ranked[~estimate.flagged[ranked]]
     places = np.arange(len(sure), dtype=np.float64)
     _, low_sure, high_sure = with_interval(float(kendall(centre[sure], -places)), kendall(replicates[:, sure], -places))
+    if len(sure) < max(3, len(ranked) / 2):
+        return "is not decided, since most tasks are flagged"
     reversed_pair = _reversed_pair(centre, replicates, sure)
     if high < 0 and high_sure < 0:
         return "fails (higher t is harder)"
@@ -393,7 +409,8 @@ def _told_apart(order: npt.NDArray[np.int64], estimate: Estimate, replicates: Ar
 
 def _surely_hard(estimate: Estimate) -> npt.NDArray[np.bool_]:
     """Tasks (K,) that were not learned, or whose value is at least what is stated."""
-    return np.isinf(estimate.centre) | estimate.end_not_seen
+    unlearned = False if estimate.unlearned is None else estimate.unlearned
+    return np.isinf(estimate.centre) | estimate.end_not_seen | unlearned
 
 
 def _groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> list[str]:
@@ -404,7 +421,8 @@ def _groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Ta
     signs = np.where(_told_apart(order, estimate, replicates), " < ", " ~ ")
     names = [f"{tasks[i].first}..{tasks[i].last}{'*' if estimate.flagged[i] else ''}" for i in order]
     text = names[0] + "".join(sign + later for sign, later in zip(signs, names[1:], strict=True))
-    bound = ", * a bound" if estimate.flagged[order].any() else ""
+    unlearned = estimate.unlearned is not None and estimate.unlearned[order].any()
+    bound = f", * a bound{' or not learned' if unlearned else ''}" if estimate.flagged[order].any() else ""
     return [f"{name} from easiest to hardest t (< told apart at {TOLD_APART:.0%}, ~ not{bound}): {text}."]
 
 

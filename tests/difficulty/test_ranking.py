@@ -214,3 +214,28 @@ def test_of_equal_neighbours_few_rankings_tell_any_apart():
         measure = ranking_of(m=estimate(value, 1.645 * 0.1)).verdict[0]
         wrong += "4 of 9 neighbours" not in measure
     assert wrong <= 20  # 5 % of 200 and two standard deviations more
+
+
+def test_a_task_without_a_value_is_never_the_easiest_where_all_others_are_flagged():
+    value, flagged = 2.0 ** -np.arange(10.0), np.ones(10, bool)
+    value[[3, 6]] = np.nan
+    assert "hardest t 601..700, easiest t 901..1000" in ranking_of(m=estimate(value, flagged=flagged)).verdict[0]
+    value[:9] = np.nan
+    verdict = ranking_of(m=estimate(value, flagged=np.arange(10) < 9)).verdict[0]
+    assert "hardest t 801..900, easiest t 901..1000" in verdict
+    lonely = estimate(2.0 ** -np.arange(10.0), flagged=np.arange(10) > 0)
+    assert "hardest t 1..100, the easiest cannot be named, since all others" in ranking_of(m=lonely).verdict[0]
+
+
+def test_a_task_that_was_not_learned_may_be_the_hardest_and_not_the_easiest():
+    value = 2.0 ** -np.arange(10.0)
+    unlearned = np.isin(np.arange(10), (0, 9))
+    verdict = ranking_of(m=estimate(value, flagged=unlearned, unlearned=unlearned)).verdict
+    assert "hardest t 1..100, easiest t 801..900; 8 of 9 neighbours" in verdict[0]
+    assert "* a bound or not learned): 901..1000* ~ 801..900 <" in verdict[1]
+
+
+def test_nothing_is_decided_by_the_few_tasks_that_are_not_flagged():
+    value = 2.0 ** -np.arange(10.0)
+    verdict = ranking_of(m=estimate(value, flagged=np.arange(10) >= 4)).verdict[0]
+    assert "'lower t is harder' is not decided, since most tasks are flagged" in verdict
