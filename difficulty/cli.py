@@ -5,6 +5,7 @@ __all__ = ["main"]
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,11 +21,23 @@ Posterior = Literal["mean", "sample"]
 
 
 class StageBars:
-    """One progress bar on stderr per stage, in order of appearance."""
+    """One progress bar on stderr per stage, in order of appearance.
+
+    What the user's own networks and functions print meanwhile goes there as well: standard output is for the result.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._stage = ""
+        self._aside = redirect_stdout(sys.stderr)
+
+    def __enter__(self) -> "StageBars":
+        self._aside.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+        self._aside.__exit__(*error)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bar is None or stage != self._stage:
@@ -119,14 +132,11 @@ def measure(
     )
     first = launched_ranks().first
     dataset = load_latents(data, vae, posterior, chosen_device("auto"), _tell if first else lambda message: None)
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         found = run(
             dataset, process, out=out, tasks=tasks, grid=grid, measures=measures, plan=plan, estimator=estimator,
             processes=workers, progress=bars if first else None,
         )  # fmt: skip
-    finally:
-        bars.close()
     if not first:
         return
     plot_folder(out)
@@ -146,6 +156,7 @@ def probe(
     floor_from: Path | None = None,
     device: str = "auto",
     vae: str | None = None,
+    posterior: Posterior | None = None,
     json: bool = False,
 ) -> None:
     """Judge an existing checkpoint on every denoising task, on fixed held-out draws.
@@ -164,19 +175,18 @@ def probe(
         floor_from: folder of `difficulty measure` with the same data, process, tasks and draws.
         device: cpu, cuda, or auto, where the network of a folder or file runs; a FUNCTION is given tensors of the CPU.
         vae: autoencoder of a model of latents, as in `training run`; a run's or a pipeline's own is found by itself.
+        posterior: which latent of an image, as in `training run`; by default that of the model's run, or the mean.
         json: print ranking.json on standard output.
     """
     from difficulty.devices import chosen_device
     from difficulty.probe import probe as run
 
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         found = run(
             model, data, process, out=out, tasks=tasks, grid=grid, draws=draws, floor_from=floor_from,
-            device=chosen_device(device), vae=vae, tell=_tell, progress=lambda done, total: bars("tasks", done, total),
+            device=chosen_device(device), vae=vae, posterior=posterior, tell=_tell,
+            progress=lambda done, total: bars("tasks", done, total),
         )  # fmt: skip
-    finally:
-        bars.close()
     _print_ranking(found.ranking.model_dump(), json)
     print(f"Results: {out}", file=sys.stderr)
 
@@ -338,11 +348,8 @@ def kl(
 
     where = chosen_device(device)
     dataset = load_latents(data, vae, posterior, where, _tell)
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         table = run_kl(dataset, process, out, estimator, pairs or None, tasks, seed, bars, model, where)
-    finally:
-        bars.close()
     if json:
         print(table.to_json(orient="records"))
         return
@@ -387,11 +394,8 @@ def profile(
     from difficulty.latents import load_latents
 
     dataset = load_latents(data, vae, posterior, chosen_device("auto"), _tell)
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         advice = run_profile(dataset, out, for_process, experts, seed, bars)
-    finally:
-        bars.close()
     if json:
         print(_json(advice))
         return

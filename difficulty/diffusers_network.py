@@ -28,6 +28,7 @@ from difficulty.process import Array, Process
 from difficulty.records import read_json
 
 BACKBONES = ("unet", "transformer")
+PLAIN_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
 class DiffusersNetwork(nn.Module):
@@ -114,7 +115,7 @@ class DiffusersNetwork(nn.Module):
                 arguments["pooled_projections"] = pooled
         output = self.model(x, timestep=timestep, return_dict=False, **arguments)[0]
         # A model that also learns the variance returns it as a second half of the channels.
-        return output[:, : x.shape[1]]
+        return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
 
 
 def diffusers_network(path: Path) -> DiffusersNetwork:
@@ -148,11 +149,26 @@ def load_component(folder: Path, config: str) -> Any:
         InputError: if diffusers is missing, does not know the class, or cannot load it.
     """
     loader = _class_named_in(read_json(folder / config), folder / config)
-    options = {"use_safetensors": True} if config == "config.json" else {}
+    options: dict[str, Any] = {}
+    if config == "config.json":
+        options = {"use_safetensors": True, "variant": _variant(folder)}
     try:
         return loader.from_pretrained(folder, **options)
     except Exception as error:  # diffusers raises many kinds for missing or truncated weights
-        raise InputError(f"cannot load {loader.__name__} from {folder} ({first_line(error)})") from None
+        reason = first_line(error)
+        raise InputError(
+            f"cannot load {loader.__name__} from {folder} ({reason}); if files are truncated or missing, save it again"
+        ) from None
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant, such as fp16, that a folder holds its weights in, if it holds no others."""
+    # diffusion_pytorch_model.safetensors, or .fp16.safetensors, or in parts as ...safetensors.index.fp16.json.
+    names = [path.name for path in folder.glob("diffusion_pytorch_model*")]
+    found = {name.split(".")[1] for name in names if name.endswith(".safetensors") and name.count(".") == 2}
+    found |= {name.split(".")[3] for name in names if ".index." in name and name.count(".") == 4}
+    plain = any(name in names for name in PLAIN_WEIGHTS)
+    return min(found) if found and not plain else None
 
 
 def _class_named_in(content: Any, source: Path) -> Any:

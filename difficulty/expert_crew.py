@@ -26,11 +26,12 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.devices import training_device
+from difficulty.devices import full_precision, training_device
 from difficulty.engines import Bank, EngineChoice
 from difficulty.expert_plan import ExpertPlan
 from difficulty.expert_state import ExpertState
 from difficulty.heldout import Floors, heldout_draws, zero_losses
+from difficulty.network_file import fingerprint_network
 from difficulty.networks import build_network
 from difficulty.prediction import from_x0_eps, to_eps
 from difficulty.process import Process
@@ -138,7 +139,8 @@ class Crew:
                 self.posterior = torch.stack([posterior for _, posterior in known if posterior is not None])
             self.zero, self.zero_excess = zero_losses(self.bank.template, self.draws, self.posterior)
         bounds = [(plan.seeds[s], self.tasks[k].first, self.tasks[k].last) for s, k in everybody]
-        facts = [self.dataset.fingerprint, self.process.fingerprint, bounds, asdict(plan)]
+        network = fingerprint_network(plan.network)
+        facts = [self.dataset.fingerprint, self.process.fingerprint, bounds, asdict(plan), network]
         state = ExpertState(path, facts, self.bank, self.optimizer, ranks, (len(self.members), plan.heldout_draws))
         self.losses, self.excess = state.load(iterations)
         if not self.losses:
@@ -190,21 +192,22 @@ class Crew:
         M, size = self.plan.heldout_draws, max(self.plan.batch, EVALUATION_DRAWS)
         losses = np.empty((len(self.members), M), dtype=np.float32)
         excess = np.empty_like(losses)
-        for block, own in self.bank.slices() if self.bank else []:
-            rows = torch.tensor([self.held.index(k) for _, k in self.members[own]])
-            device = block.template.alpha.device
-            for first in range(0, M, size):
-                chunk = slice(first, first + size)
-                x0, eps, t = (
-                    values[rows, chunk].to(device) for values in (self.draws.x0, self.draws.eps, self.draws.t)
-                )
-                alpha, sigma = block.template.scales(t, x0)
-                x_t = alpha * x0 + sigma * eps
-                estimate = to_eps(block.template.prediction, block.predict(x_t, t), x_t, alpha, sigma)
-                losses[own, chunk] = (estimate - eps).square().flatten(2).sum(2).cpu()
-                if self.posterior is not None:
-                    goal = self.posterior[rows, chunk].to(device)
-                    excess[own, chunk] = (estimate - goal).square().flatten(2).sum(2).cpu()
+        with full_precision():
+            for block, own in self.bank.slices() if self.bank else []:
+                rows = torch.tensor([self.held.index(k) for _, k in self.members[own]])
+                device = block.template.alpha.device
+                for first in range(0, M, size):
+                    chunk = slice(first, first + size)
+                    x0, eps, t = (
+                        values[rows, chunk].to(device) for values in (self.draws.x0, self.draws.eps, self.draws.t)
+                    )
+                    alpha, sigma = block.template.scales(t, x0)
+                    x_t = alpha * x0 + sigma * eps
+                    estimate = to_eps(block.template.prediction, block.predict(x_t, t), x_t, alpha, sigma)
+                    losses[own, chunk] = (estimate - eps).square().flatten(2).sum(2).cpu()
+                    if self.posterior is not None:
+                        goal = self.posterior[rows, chunk].to(device)
+                        excess[own, chunk] = (estimate - goal).square().flatten(2).sum(2).cpu()
         self.losses.append(losses)
         if self.dataset.law is not None:
             self.excess.append(excess)

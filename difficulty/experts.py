@@ -148,7 +148,7 @@ def choose_expert_engine(
             raise InputError(
                 f"task {task.index} holds no timesteps of 1..{process.T} (first {task.first}, last {task.last})"
             )
-    check_draws(dataset, tasks, plan.heldout_draws)
+    check_draws(dataset, len(tasks), plan.heldout_draws)
     world = launched_ranks().world
     if world > 1 and processes not in (None, world):
         raise InputError(f"torchrun started {world} processes, but {processes} were asked for; leave the number to it")

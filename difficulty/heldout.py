@@ -19,7 +19,7 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
-from difficulty.devices import free_bytes
+from difficulty.devices import free_bytes, full_precision
 from difficulty.errors import InputError
 from difficulty.laws import Law
 from difficulty.process import Process
@@ -28,7 +28,7 @@ from difficulty.tasks import Task
 from difficulty.wiener import Wiener
 
 # Of the covariance of the linear denoiser.
-SHRINKAGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+SHRINKAGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 1.0)
 # Share of the free memory that held-out draws may take.
 DRAWS_SHARE = 0.5
 # Of n samples in D dimensions, n D min(n, D) at most, and n at least: what their decomposition costs.
@@ -71,14 +71,14 @@ def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOu
     return HeldOutDraws(*(torch.stack([getattr(draws, name) for draws in found]) for name in ("x0", "eps", "t")))
 
 
-def check_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> None:
-    """Raise InputError if the draws of the tasks do not fit in memory."""
+def check_draws(dataset: Dataset, tasks: int, count: int) -> None:
+    """Raise InputError if the draws of so many tasks do not fit in memory."""
     # Data and noise, and what is known of them.
-    each = (3 if dataset.law else 2) * len(tasks) * dataset.dim * torch.float32.itemsize
+    each = (3 if dataset.law else 2) * tasks * dataset.dim * torch.float32.itemsize
     room = int(DRAWS_SHARE * free_bytes(torch.device("cpu")))
     if each * count > room:
         raise InputError(
-            f"{count} held-out draws for each of {len(tasks)} tasks in {dataset.dim} dimensions need "
+            f"{count} held-out draws for each of {tasks} tasks in {dataset.dim} dimensions need "
             f"{each * count / 2**30:.2g} GiB, and {room / 2**30:.2g} are to be had; ask for fewer draws or tasks"
         )
 
@@ -96,7 +96,7 @@ def zero_losses(
         _Zero(), template.process, template.prediction, template.data_std, baseline=template.baseline
     ).to(device)
     losses, excess = [], []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for k in range(len(draws.t)):
             x0, eps, t = (values[k].to(device) for values in (draws.x0, draws.eps, draws.t))
             losses.append(silent.eps_losses(x0, eps, t))

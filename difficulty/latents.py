@@ -99,6 +99,8 @@ class Autoencoder:
         for number, chunk in enumerate(images.split(CHUNK), first // CHUNK):
             try:
                 found = self.model.encode(chunk.to(self.device)).latent_dist
+            except torch.OutOfMemoryError:
+                raise InputError(f"{self.spec} does not fit on the GPU with its images; use --device cpu") from None
             except RuntimeError as error:
                 shape = tuple(images.shape[1:])
                 raise InputError(f"{self.spec} cannot encode images of shape {shape} ({first_line(error)})") from None

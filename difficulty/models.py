@@ -21,9 +21,10 @@ from torch import Tensor
 from difficulty.denoiser import Denoiser
 from difficulty.diffusers_network import BACKBONES, DiffusersNetwork, load_component, model_folder
 from difficulty.errors import InputError, first_line
-from difficulty.network_file import network_of
+from difficulty.network_file import fingerprint_network, network_of
 from difficulty.networks import build_network, own_function
 from difficulty.prediction import sigma_data_of, to_eps
+from difficulty.pretrained import fingerprint_folders
 from difficulty.process import Process, from_arrays
 from difficulty.records import read_json, write_bytes
 from difficulty.schedulers import ScheduledProcess, process_from_scheduler
@@ -44,6 +45,7 @@ class TrainedModel:
             wherever its network is (``on_cpu``).
         shape: of the samples that it takes, with None where any size will do; None if that is not known.
         latents: how its latents are made of images, if it takes latents; see ``Dataset.latents``.
+        fingerprint: SHA-256 of its weights, or of the file of a function; None if it was made in Python.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TrainedModel:
     eps: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int | None, ...] | None = None
     latents: Mapping[str, Any] | None = None
+    fingerprint: str | None = None
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether samples may have this shape, as far as is known."""
@@ -119,7 +122,8 @@ def _read_denoiser(path: Path) -> tuple[Denoiser, tuple[int, ...]]:
     except (ValueError, TypeError):
         facts = {"format": None}
     if facts["format"] not in (DENOISER_FORMAT, EARLIER_FORMAT):
-        raise InputError(f"{path} has format {facts['format']!r}; this version reads {DENOISER_FORMAT!r}")
+        hint = "; of a diffusers model give the folder, with its scheduler" if facts["format"] == "pt" else ""
+        raise InputError(f"{path} has format {facts['format']!r}; this version reads {DENOISER_FORMAT!r}{hint}")
     process = from_arrays(tensors.pop("alpha").numpy(), tensors.pop("sigma").numpy(), facts["process"])
     spec = network_of(facts["network"], facts.get("network_file"), path.parent)
     shape = tuple(facts["shape"])
@@ -145,11 +149,13 @@ def load_model(spec: str | Path, device: str = "cpu") -> TrainedModel:
     text = str(spec)
     file, _, name = text.rpartition(":")
     if file.endswith(".py"):
-        return TrainedModel(text, None, own_function(Path(file), name))
+        return TrainedModel(text, None, own_function(Path(file), name), fingerprint=fingerprint_network(text))
     path = Path(text)
+    if path.suffix == ".py":
+        raise InputError(f"{text} names no function in that file; write {text}:FUNCTION")
     if path.is_dir() and (path / DENOISER_FILE).exists():
         path = path / DENOISER_FILE
-    if path.is_file():
+    if path.is_file() and path.suffix == ".safetensors":
         denoiser, shape = _read_denoiser(path)
         denoiser.to(device)
 
@@ -159,7 +165,8 @@ def load_model(spec: str | Path, device: str = "cpu") -> TrainedModel:
                 raise InputError(f"{text} was trained on samples of shape {shape}, not {tuple(x_t.shape[1:])}")
             return denoiser.eps(x_t, t)
 
-        return TrainedModel(text, denoiser.process, on_cpu(eps, device), shape, _latents_of_run(path.parent))
+        own, latents = on_cpu(eps, device), _latents_of_run(path.parent)
+        return TrainedModel(text, denoiser.process, own, shape, latents, fingerprint_folders(path))
     if any((path / name / "config.json").exists() for name in (".", *BACKBONES)):
         return _from_diffusers(path, device)
     raise InputError(
@@ -175,8 +182,16 @@ def _from_diffusers(folder: Path, device: str) -> TrainedModel:
     network = DiffusersNetwork(load_component(model_folder(folder), "config.json")).eval().to(device)
     scheduled = process_from_scheduler(load_component(schedule, "scheduler_config.json"))
     eps = on_cpu(_eps_of(network, scheduled, device), device)
-    latents = {"spec": str(folder), "posterior": "mean"} if (folder / "vae" / "config.json").exists() else None
-    return TrainedModel(str(folder), scheduled.process, eps, (network.model.config.in_channels, None, None), latents)
+    shape, latents = (network.model.config.in_channels, None, None), None
+    if (folder / "vae" / "config.json").exists():
+        latents = {"spec": str(folder), "posterior": "mean"}
+        images = read_json(folder / "vae" / "config.json").get("in_channels", 3)
+        size = network.model.config.get("sample_size")
+        if images == shape[0] and size is not None:
+            # Images have as many channels as latents: their sides tell them apart.
+            shape = (shape[0], *((size, size) if isinstance(size, int) else size))
+    fingerprint = fingerprint_folders(model_folder(folder), schedule)
+    return TrainedModel(str(folder), scheduled.process, eps, shape, latents, fingerprint)
 
 
 def _latents_of_run(folder: Path) -> Mapping[str, Any] | None:
@@ -202,7 +217,10 @@ def _eps_of(network: DiffusersNetwork, scheduled: ScheduledProcess, device: str)
         scale = (alpha.square() * sigma_data**2 + sigma.square()).rsqrt() if scheduled.unit_input else 1.0
         output = network(x_t * scale, timesteps[t])
         if output.shape != x_t.shape:
-            raise InputError(f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}; give data of its size")
+            raise InputError(
+                f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}; give data of its size, or a network "
+                "with as many channels out as in"
+            )
         return to_eps(scheduled.prediction, output, x_t, alpha, sigma)
 
     return eps

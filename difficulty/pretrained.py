@@ -54,7 +54,9 @@ def find_part(root: Path, part: str, config: str, weights: bool = True) -> Path:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Configuration, weights and vocabulary in a folder, sorted."""
+    """Configuration, weights and vocabulary in a folder, sorted; a file is its own only one."""
+    if folder.is_file():
+        return [folder]
     return sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file())
 
 

@@ -14,11 +14,13 @@ within each task. probe.csv has one row per task:
 Without an exact law floor.npy holds, per draw, the losses of the best denoiser known, this model included.
 Experts and one shared network rank tasks differently: a ranking says which it is in its provenance.
 
-What a task comes to is kept until the last one is done, so that an interrupted probe goes on at the next task.
+What a task comes to is kept until the last one is done, so that an interrupted probe goes on at the next task. A folder
+is of one model: its weights are known by their hash.
 """
 
 __all__ = ["PROBE_COLUMNS", "Probe", "Prober", "probe", "probe_estimates"]
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,9 +36,9 @@ from difficulty.datasets import Dataset, load_dataset
 from difficulty.devices import full_precision
 from difficulty.errors import InputError, first_line
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
-from difficulty.heldout import Floors, HeldOutDraws, task_draws
+from difficulty.heldout import Floors, HeldOutDraws, check_draws, task_draws
 from difficulty.intervals import Z90
-from difficulty.latents import autoencoder_of, latent_dataset
+from difficulty.latents import autoencoder_of, check_posterior, latent_dataset
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
@@ -79,6 +81,7 @@ def probe(
     floor_from: Path | None = None,
     device: str = "cpu",
     vae: str | None = None,
+    posterior: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Probe:
@@ -95,7 +98,8 @@ def probe(
         floor_from: folder of a measurement of experts with the same data, process, tasks and draws.
         device: where the network of a model that is named runs; the draws are the same anywhere, the losses to
             rounding.
-        vae: autoencoder to make latents with, as ``Autoencoder`` takes it, if the model does not know its own.
+        vae: autoencoder to make latents with, as ``Autoencoder`` takes it, in place of the model's own.
+        posterior: a name in ``POSTERIORS``; None for that of the model's run, or the mean.
         progress: called with (tasks done, in all).
         tell: called with sentences for the user.
 
@@ -104,12 +108,13 @@ def probe(
             another model.
     """
     model = model if isinstance(model, TrainedModel) else load_model(model, device)
-    dataset, out = _data_for(model, load_dataset(data), vae, device, tell), Path(out)
+    dataset, out = _data_for(model, load_dataset(data), vae, posterior, device, tell), Path(out)
     chosen = _process_of(model, process)
     prober = Prober(dataset, chosen, tasks, grid, draws=draws, floor_from=floor_from)
     prober.check(model)  # refused here, before anything is written, if it does not fit
     config = {
         "model": model.name,
+        "model_fingerprint": model.fingerprint,
         "data": dataset.name,
         "process": chosen.name,
         "tasks": tasks,
@@ -170,6 +175,7 @@ class Prober:
     ) -> None:
         if draws < 2:
             raise InputError(f"draws must be at least 2, got {draws}")
+        check_draws(dataset, 1, draws)
         self.dataset, self.process, self.draws = dataset, process, draws
         self.tasks = make_tasks(process, tasks, grid)
         best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
@@ -187,8 +193,16 @@ class Prober:
         self.posterior = [posterior for _, posterior in known]
 
     def check(self, model: TrainedModel) -> None:
-        """Raise InputError unless the model maps samples of the data to their shape."""
-        self._estimate(model, self._draws_of(0), np.arange(1))
+        """Raise InputError unless the model keeps the shape of samples and treats each by itself and always alike."""
+        draws, rows = self._draws_of(0), next(self._groups())
+        first, again, beside = (self._estimate(model, draws, part) for part in (rows, rows, np.tile(rows[::2], 2)))
+        if not all(part.isfinite().all() for part in (first, again, beside)):
+            return  # said of the tasks where it is so
+        near = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
+        if not near(first, again):
+            raise InputError(f"{model.name} gives another output every time; probe it without dropout or other chance")
+        if not near(first[::2], beside[: GROUP // 2]):
+            raise InputError(f"what {model.name} gives for a sample depends on its batch; use no batch norm")
 
     def __call__(
         self,
@@ -284,13 +298,17 @@ class Prober:
                 estimate = model.eps(alpha * x0 + sigma * eps, t)
         except InputError:
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except torch.OutOfMemoryError:
+            raise InputError(f"{model.name} and {len(x0)} samples do not fit on the GPU; use --device cpu") from None
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
             reason = first_line(error)
             raise InputError(f"{model.name} cannot take samples of shape {tuple(x0.shape[1:])} ({reason})") from None
         if not isinstance(estimate, Tensor):
             raise InputError(f"{model.name} returns a {type(estimate).__name__}; it must return a tensor")
         if tuple(estimate.shape) != tuple(x0.shape):
             raise InputError(f"{model.name} maps {tuple(x0.shape)} to {tuple(estimate.shape)}; it must keep the shape")
+        if not estimate.is_floating_point():
+            raise InputError(f"{model.name} returns {estimate.dtype}; it must return real numbers")
         return estimate.cpu()
 
 
@@ -312,14 +330,24 @@ def probe_estimates(table: pd.DataFrame) -> dict[str, Estimate]:
 
 
 def _data_for(
-    model: TrainedModel, dataset: Dataset, vae: str | None, device: str, tell: Callable[[str], None]
+    model: TrainedModel,
+    dataset: Dataset,
+    vae: str | None,
+    posterior: str | None,
+    device: str,
+    tell: Callable[[str], None],
 ) -> Dataset:
     """The data as the model takes them: images as latents, if it takes those and they are not latents already."""
     known = model.latents or {}
-    if vae is None and (not known or model.takes(dataset.shape)):
+    if vae is None and not known:
+        if posterior is not None:
+            check_posterior(posterior, vae)
+        return dataset
+    if vae is None and model.takes(dataset.shape):
+        tell(f"{dataset.name} has the shape of latents, and is taken for such")
         return dataset
     autoencoder = autoencoder_of({"spec": vae, **known}, vae, device)
-    return latent_dataset(dataset, autoencoder, known.get("posterior", "mean"), tell)
+    return latent_dataset(dataset, autoencoder, posterior or known.get("posterior", "mean"), tell)
 
 
 def _process_of(model: TrainedModel, process: str | Process | None) -> Process:

@@ -23,11 +23,12 @@ diffusers = pytest.importorskip("diffusers")
 SHAPE = (2, 4, 4)
 
 
-def save_autoencoder(folder, seed):
+def save_autoencoder(folder, seed, latent_channels=2):
     torch.manual_seed(seed)
     diffusers.AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, sample_size=8,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
+        in_channels=1, out_channels=1, latent_channels=latent_channels, block_out_channels=(8, 8), norm_num_groups=4,
+        sample_size=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.5,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -113,3 +114,21 @@ def test_a_latent_pipeline_is_probed_on_images_from_its_folder_alone(tmp_path, i
     # As many channels as the network takes: they are latents already.
     ready = split_samples("latents", latents.train.numpy())
     assert probed(folder, ready, tmp_path / "r")["heldout_loss"].notna().all()
+
+
+def test_images_with_as_many_channels_as_latents_are_told_apart_by_their_sides(tmp_path, images, capsys):
+    folder = tmp_path / "pipeline"
+    torch.manual_seed(0)
+    diffusers.UNet2DModel(
+        sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text("{}")
+    save_autoencoder(folder / "vae", 3, latent_channels=1)
+    assert call("probe", folder, images, "--tasks", 2, "--draws", 16, "--out", tmp_path / "p") == 0
+    assert "encoded" in capsys.readouterr().err
+    assert "latents" in json.loads((tmp_path / "p" / "run.json").read_text())["config"]
+    np.save(tmp_path / "ready.npy", np.random.default_rng(0).standard_normal((60, 1, 4, 4)).astype(np.float32))
+    assert call("probe", folder, tmp_path / "ready.npy", "--tasks", 2, "--draws", 16, "--out", tmp_path / "q") == 0
+    assert "has the shape of latents, and is taken for such" in capsys.readouterr().err

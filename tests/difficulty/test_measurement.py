@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from difficulty import measurement
+from difficulty.errors import InputError
 from difficulty.expert_crew import Crew
 from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
@@ -107,3 +108,23 @@ def test_what_is_not_known_of_the_floor_and_of_other_seeds_is_said(tmp_path):
     assert excess.ci_low == excess.ci_high == [None] * 4
     assert {path.stem for path in plot_folder(out)} == {"difficulty", "ranks", "agreement", "learning_curves"}
     plt.close("all")
+
+
+def test_an_interrupted_measurement_does_not_go_on_with_an_edited_network(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if done == total // 2:
+            raise Stopped
+
+    own, out = tmp_path / "own.py", tmp_path / "m"
+    own.write_text(OWN)
+    plan = replace(PLAN, network=f"{own}:Never")
+    with pytest.raises(Stopped):
+        measure("grid-2d:n=200", out=out, tasks=2, measures=["convergence"], plan=plan, progress=stop)
+    own.write_text(OWN.replace("0 *", "1e-3 *"))
+    with pytest.raises(InputError, match=r"interrupted run with other settings .network_file"):
+        measure("grid-2d:n=200", out=out, tasks=2, measures=["convergence"], plan=plan)
+    own.write_text(OWN)
+    measure("grid-2d:n=200", out=out, tasks=2, measures=["convergence"], plan=plan)

@@ -23,6 +23,7 @@ from difficulty.process import get_process
 from difficulty.schedulers import process_from_scheduler
 
 PROCESS = get_process("vp-linear")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
@@ -102,8 +103,8 @@ def test_an_interrupted_probe_goes_on_at_the_next_task(tmp_path, data):
         probe(model, data, out=tmp_path / "p", tasks=4, draws=40, progress=stop_after_two)
     asked.clear()
     found = probe(model, data, out=tmp_path / "p", tasks=4, draws=40)
-    # The first group only to see that the model is the same.
-    assert [t > 500 for t in asked].count(False) == 2
+    # Of the tasks that were done some draws only, to see that the model is fit to be probed, and the same.
+    assert [t > 500 for t in asked].count(False) == 4
     pd.testing.assert_frame_equal(found.table, whole.table)
     assert not list((tmp_path / "p").glob("*.partial*"))
     for name in ("probe.csv", *(["floor.npy"] if data == "digits" else [])):
@@ -262,6 +263,61 @@ def test_a_flow_matching_transformer_is_probed_from_its_folder(tmp_path):
     assert np.isfinite(found.table["heldout_loss"]).all()
 
 
+def save_unet(folder, seed=0, variant=None, **changes):
+    torch.manual_seed(seed)
+    network = diffusers.UNet2DModel(**{
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4,
+        "layers_per_block": 1, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
+        **changes,
+    })  # fmt: skip
+    network.save_pretrained(folder, variant=variant)
+    diffusers.DDPMScheduler().save_pretrained(folder)
+    return network
+
+
+def test_weights_of_half_precision_in_a_file_of_their_own_are_found(tmp_path):
+    network = save_unet(tmp_path / "half", variant="fp16")
+    assert [path.name for path in (tmp_path / "half").glob("*.safetensors")] == [WEIGHTS.replace(".s", ".fp16.s")]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "half").eps(x, t), network(x, t - 1).sample)
+
+
+def test_a_second_half_of_the_channels_is_the_variance_and_nothing_else_is_cut(tmp_path):
+    save_unet(tmp_path / "two", out_channels=2)
+    assert probe(tmp_path / "two", "digits", out=tmp_path / "p", tasks=2, draws=16).table["heldout_loss"].notna().all()
+    save_unet(tmp_path / "three", out_channels=3)
+    refused("maps .* or a network with as many channels out as in", tmp_path / "three", "digits", out=tmp_path / "q")
+
+
+def test_a_folder_is_of_one_model(tmp_path):
+    options = {"out": tmp_path / "p", "tasks": 2, "draws": 16}
+    save_unet(tmp_path / "unet")
+    probe(tmp_path / "unet", "digits", **options)
+    before = (tmp_path / "p" / "probe.csv").read_bytes()
+    probe(tmp_path / "unet", "digits", **options)
+    save_unet(tmp_path / "unet", seed=1)
+    refused("a finished run with other settings .model_fingerprint", tmp_path / "unet", "digits", **options)
+    assert (tmp_path / "p" / "probe.csv").read_bytes() == before
+
+
+def test_what_a_function_prints_is_not_the_result(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def loud(x_t, t):\n    print('hello')\n    return 0 * x_t\n")
+    args = [f"{tmp_path / 'mine.py'}:loud", "grid-2d:n=100", "--process", "edm", "--tasks", "3", "--draws", "16"]
+    assert run_cli_probe(*args, "--json", "--out", tmp_path / "p") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["provenance"]["kind"] == "shared network"
+    assert "hello" in captured.err
+
+
+@pytest.mark.parametrize("name", ["hpu", "meta", "nonsense"])
+def test_a_device_that_cannot_be_used_is_refused(name, unet_folder, tmp_path, capsys):
+    assert run_cli_probe(unet_folder, "digits", "--device", name, "--out", tmp_path / "p") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"device '{name}' cannot be used (" in line
+    assert line.endswith("choose cpu, cuda or auto")
+
+
 def run_cli_probe(*args):
     from difficulty.cli import SUBCOMMANDS
 
@@ -293,12 +349,26 @@ def test_models_that_cannot_be_used_cost_one_sentence(tmp_path, unet_folder):
         "def array(x_t, t):\n    return x_t.numpy()\n"
         "def silent(x_t, t):\n    raise RuntimeError('')\n"
         "def missing(x_t, t):\n    raise KeyError('key')\n"
+        "def leaving(x_t, t):\n    raise SystemExit('bye')\n"
+        "def complex(x_t, t):\n    return x_t * 1j\n"
+        "def chance(x_t, t):\n    import torch\n    return torch.rand_like(x_t)\n"
+        "def centred(x_t, t):\n    return x_t - x_t.mean(0)\n"
+        "def one(x_t, t):\n    return x_t[:1]\n"
     )
     for name, message in {
         "nothing": "returns a NoneType", "array": "returns a ndarray", "silent": "(RuntimeError)", "missing": "'key'",
+        "leaving": "(bye)", "complex": "must return real numbers", "chance": "another output every time",
+        "centred": "depends on its batch", "one": "must keep the shape",
     }.items():  # fmt: skip
         refused(re.escape(message), f"{own}:{name}", "digits", "vp-linear", out=out)
+    refused("names no function in that file; write", own, "digits", "vp-linear", out=out)
     refused("cannot take samples|maps", unet_folder, "grid-2d:n=100", out=out)
+    refused("give the folder, with its scheduler", unet_folder / "unet" / WEIGHTS, "digits", out=out)
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text("{}")
+    refused("is no model", foreign, "digits", out=out)
+    refused("100000000 held-out draws for each of 1 tasks in 64 dim.* ask for fewer", unet_folder, "digits", out=out,
+            draws=10**8)  # fmt: skip
     refused("leave --process out", unet_folder, "digits", "vp-cosine", out=out)
     bare = tmp_path / "bare"
     diffusers.UNet2DModel.from_pretrained(unet_folder / "unet").save_pretrained(bare)
@@ -308,9 +378,9 @@ def test_models_that_cannot_be_used_cost_one_sentence(tmp_path, unet_folder):
     (bare / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "noise"}))
     refused("prediction type of DDPMScheduler 'noise'; known are epsilon", bare, "digits", out=out)
     (bare / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    weights = bare / "diffusion_pytorch_model.safetensors"
+    weights = bare / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:500])
-    refused("cannot load UNet2DModel", bare, "digits", out=out)
+    refused("cannot load UNet2DModel .* if files are truncated or missing, save it again", bare, "digits", out=out)
     assert not out.exists()
 
 

@@ -68,3 +68,14 @@ def test_many_samples_are_decomposed_in_part(tmp_path, monkeypatch):
     rows = data.train.flatten(1).double().numpy()
     spread = np.linspace(0, len(rows) - 1, 100).astype(int)
     np.testing.assert_allclose(few.eigenvalues, Wiener(rows[spread], np.ones(100)).eigenvalues, rtol=0.02, atol=1e-6)
+
+
+def test_few_white_samples_are_no_reason_to_be_worse_than_a_multiple_of_the_input(tmp_path):
+    np.save(tmp_path / "few.npy", np.random.default_rng(1).standard_normal((60, 256)).astype(np.float32))
+    data, process = load_dataset(tmp_path / "few.npy"), get_process("vp-linear")
+    for task in make_tasks(process, 4):
+        draws = task_draws(data, task, 64)
+        sigma = torch.from_numpy(process.sigma)[draws.t][:, None]
+        alpha = torch.from_numpy(process.alpha)[draws.t][:, None]
+        multiple = (sigma * (alpha * draws.x0 + sigma * draws.eps) - draws.eps).square().sum(1).mean()
+        assert Floors(data, process).linear_losses(draws).mean() < 1.05 * float(multiple)

@@ -160,11 +160,8 @@ def quickstart(
         network=network,
         workers=workers or _cores(),
     )
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         lines = run_quickstart(data, out, plan, progress=bars)
-    finally:
-        bars.close()
     print("\n".join(lines))
 
 
