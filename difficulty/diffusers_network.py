@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from difficulty.errors import InputError, first_line
+from difficulty.pretrained import weights_variant
 from difficulty.process import Array, Process
 from difficulty.records import read_json
 
 BACKBONES = ("unet", "transformer")
-PLAIN_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
 class DiffusersNetwork(nn.Module):
@@ -151,7 +151,7 @@ def load_component(folder: Path, config: str) -> Any:
     loader = _class_named_in(read_json(folder / config), folder / config)
     options: dict[str, Any] = {}
     if config == "config.json":
-        options = {"use_safetensors": True, "variant": _variant(folder)}
+        options = {"use_safetensors": True, "variant": weights_variant(folder)}
     try:
         return loader.from_pretrained(folder, **options)
     except Exception as error:  # diffusers raises many kinds for missing or truncated weights
@@ -159,16 +159,6 @@ def load_component(folder: Path, config: str) -> Any:
         raise InputError(
             f"cannot load {loader.__name__} from {folder} ({reason}); if files are truncated or missing, save it again"
         ) from None
-
-
-def _variant(folder: Path) -> str | None:
-    """The variant, such as fp16, that a folder holds its weights in, if it holds no others."""
-    # diffusion_pytorch_model.safetensors, or .fp16.safetensors, or in parts as ...safetensors.index.fp16.json.
-    names = [path.name for path in folder.glob("diffusion_pytorch_model*")]
-    found = {name.split(".")[1] for name in names if name.endswith(".safetensors") and name.count(".") == 2}
-    found |= {name.split(".")[3] for name in names if ".index." in name and name.count(".") == 4}
-    plain = any(name in names for name in PLAIN_WEIGHTS)
-    return min(found) if found and not plain else None
 
 
 def _class_named_in(content: Any, source: Path) -> Any:

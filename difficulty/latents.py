@@ -24,7 +24,7 @@ from torch import Tensor
 from difficulty.cache import cached_tensors
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.errors import InputError, choose, first_line
-from difficulty.pretrained import find_part, fingerprint_folders, root_folder
+from difficulty.pretrained import find_part, fingerprint_folders, root_folder, weights_variant
 from difficulty.randomness import normal
 
 CHUNK = 32  # images per forward pass
@@ -63,7 +63,7 @@ class Autoencoder:
             raise InputError(f"{self.spec} needs diffusers; install denoising-difficulty[diffusers]") from None
         try:
             found, report = AutoencoderKL.from_pretrained(
-                self.folder, use_safetensors=True, output_loading_info=True
+                self.folder, use_safetensors=True, variant=weights_variant(self.folder), output_loading_info=True
             )
         except Exception as error:  # diffusers raises many kinds for foreign, missing or truncated files
             raise InputError(f"{self.spec} holds no AutoencoderKL that can be used ({first_line(error)})") from None

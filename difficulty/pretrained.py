@@ -4,7 +4,7 @@ Weights are read from safetensors only; nothing is unpickled and no code that co
 holds is known by the SHA-256 of its files, wherever it is.
 """
 
-__all__ = ["find_part", "fingerprint_folders", "model_files", "root_folder"]
+__all__ = ["find_part", "fingerprint_folders", "model_files", "root_folder", "weights_variant"]
 
 import hashlib
 from collections.abc import Collection
@@ -13,6 +13,7 @@ from pathlib import Path
 from difficulty.errors import InputError, first_line
 from difficulty.records import digest
 
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
@@ -68,3 +69,14 @@ def fingerprint_folders(*folders: Path) -> str:
             with file.open("rb") as handle:
                 contents.add((file.name, hashlib.file_digest(handle, "sha256").hexdigest()))
     return digest({"files": sorted(contents)})
+
+
+def weights_variant(folder: Path) -> str | None:
+    """The variant, such as fp16, of the weights of a diffusers model in a folder; None if there are weights of none."""
+    # NAME.safetensors or NAME.fp16.safetensors; in parts by NAME.safetensors.index.json or ...index.fp16.json.
+    names = [path.name.split(".") for path in folder.glob(f"{DIFFUSERS_WEIGHTS}.*")]
+    if any(rest in (["safetensors"], ["safetensors", "index", "json"]) for _, *rest in names):
+        return None
+    whole = {rest[0] for _, *rest in names if len(rest) == 2 and rest[1] == "safetensors"}
+    parts = {rest[2] for _, *rest in names if len(rest) == 4 and rest[:2] == ["safetensors", "index"]}
+    return min(whole | parts, default=None)

@@ -23,13 +23,13 @@ diffusers = pytest.importorskip("diffusers")
 SHAPE = (2, 4, 4)
 
 
-def save_autoencoder(folder, seed, latent_channels=2):
+def save_autoencoder(folder, seed, latent_channels=2, variant=None):
     torch.manual_seed(seed)
     diffusers.AutoencoderKL(
         in_channels=1, out_channels=1, latent_channels=latent_channels, block_out_channels=(8, 8), norm_num_groups=4,
         sample_size=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.5,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder, variant=variant)  # fmt: skip
     return folder
 
 
@@ -132,3 +132,11 @@ def test_images_with_as_many_channels_as_latents_are_told_apart_by_their_sides(t
     np.save(tmp_path / "ready.npy", np.random.default_rng(0).standard_normal((60, 1, 4, 4)).astype(np.float32))
     assert call("probe", folder, tmp_path / "ready.npy", "--tasks", 2, "--draws", 16, "--out", tmp_path / "q") == 0
     assert "has the shape of latents, and is taken for such" in capsys.readouterr().err
+
+
+def test_an_autoencoder_saved_as_a_variant_is_found(tmp_path, images):
+    plain, half = (
+        Autoencoder(save_autoencoder(tmp_path / str(variant), 0, variant=variant)) for variant in (None, "fp16")
+    )
+    data = load_dataset(images)
+    assert torch.equal(latent_dataset(data, half, "mean").train, latent_dataset(data, plain, "mean").train)
