@@ -179,12 +179,19 @@ def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
 
 def agreement_sentences(table: pd.DataFrame) -> list[str]:
     """The table in words, one sentence per row."""
-    return [
-        f"{row.first} and {row.second}, {row.measure}: {row.verdict} (Kendall {row.kendall:+.2f} "
-        f"[{row.kendall_low:+.2f}, {row.kendall_high:+.2f}], Spearman {row.spearman:+.3f} "
-        f"[{row.spearman_low:+.3f}, {row.spearman_high:+.3f}], {row.points} {_points(str(row.axis))})."
-        for row in table.itertuples()
-    ]
+    sentences = []
+    for row, tied in zip(table.itertuples(), table["kendall"].isna(), strict=True):
+        found = f"{row.first} and {row.second}, {row.measure}: "
+        if tied:
+            found += "nothing to compare, since one of them tells no tasks apart."
+        else:
+            found += (
+                f"{row.verdict} (Kendall {row.kendall:+.2f} [{row.kendall_low:+.2f}, {row.kendall_high:+.2f}], "
+                f"Spearman {row.spearman:+.3f} [{row.spearman_low:+.3f}, {row.spearman_high:+.3f}], {row.points} "
+                f"{_points(str(row.axis))})."
+            )
+        sentences.append(found)
+    return sentences
 
 
 def _points(axis: str) -> str:

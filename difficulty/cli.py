@@ -82,7 +82,7 @@ def measure(
 
     Example: difficulty measure digits --tasks 10 --budget 400 --out runs/digits
 
-    An interrupted measurement goes on where it stopped when the same command is given again.
+    An interrupted measurement goes on where it stopped when its command is given again; a finished one is repeated.
 
     Args:
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
@@ -275,6 +275,8 @@ def recommend(
     process = read_process(folder, ranking.process)
     burden = burden_of_ranking(ranking, measure)
     advice = advise(f"{measure} of the ranking", *burden, {process.name: process}, experts)
+    for sentence in ranking.doubts(measure):
+        _tell(sentence)
     print(_json(advice) if json else "\n".join(advice["sentences"]))
 
 

@@ -20,7 +20,8 @@ L* is the Bayes loss of an exact law, otherwise the best loss that is known, so 
 Intervals (90 %) join two errors: that of the finite set of held-out draws, and that of the training seed, whose
 variance is shrunk towards its median over the tasks, because a handful of seeds estimate it badly; how far, follows
 from how much the variances of the tasks differ (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3, article 3). One seed does
-not show it at all, and its values have no interval.
+not show it at all, and its values have no interval. Rates and the area, which are read off whole curves, have the
+second error alone.
 
 A value that is only a bound is censored, and its interval is open on the side where the truth may be: above where the
 budget ended before the fall did (rates, area), below where the fall was over at the first checkpoint (rates) or where
@@ -252,7 +253,8 @@ def convergence_table(losses: pd.DataFrame, budget: int, siblings: pd.DataFrame 
         Columns task, definition, value, ci_low, ci_high, scale (log or linear: where the interval is symmetric),
         censored, unit. A task one of whose experts diverged has no value; one of whose experts is stuck has no
         paper-style value; both are censored, and so is a value that is only a bound. Bounds of an interval are NaN
-        where they are not known: both of a single seed without siblings, the open one of a bound.
+        where they are not known: both of a single seed without siblings, the open one of a bound. A bound of a single
+        seed is its own other end.
 
     Raises:
         InputError: if a column is missing.
@@ -292,6 +294,9 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, si
             "unit": values.unit,
         }
     )
+    if np.isnan(half).all():  # of a single seed a bound is one nevertheless
+        table.loc[values.at_least, "ci_low"] = table["value"]
+        table.loc[values.at_most, "ci_high"] = table["value"]
     table.loc[values.at_least, "ci_high"] = np.nan
     table.loc[values.at_most, "ci_low"] = np.nan
     table.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan

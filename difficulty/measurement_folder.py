@@ -192,18 +192,23 @@ def make_ranking(folder: Path, run: Mapping[str, Any]) -> Ranking:
 
 def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> list[str]:
     """A sentence that names the tasks whose experts diverged, and one for those whose experts are stuck."""
-    missing = {
-        name: set(table[(table["definition"] == name) & table["value"].isna()]["task"])
-        for name in ("excess_nats", "paper_style")
-    }
-    # Of a stuck expert the excess is known; paper_style has no value for it, nor for a diverged one.
-    diverged, stuck = missing["excess_nats"], missing["paper_style"] - missing["excess_nats"]
+    diverged, stuck = _diverged_and_stuck(table)
     found = []
     for failed, what in ((diverged, "diverged"), (stuck, "are no better than a network that outputs zero (stuck)")):
         if failed:
             spans = ", ".join(f"{tasks[k].first}..{tasks[k].last}" for k in sorted(failed))
             found.append(f"Experts of t {spans} {what}.")
     return found
+
+
+def _diverged_and_stuck(table: pd.DataFrame) -> tuple[set[int], set[int]]:
+    """Tasks one of whose experts diverged, and others one of whose experts is stuck, as convergence.csv tells them."""
+    without = {
+        name: set(table[(table["definition"] == name) & table["value"].isna()]["task"])
+        for name in ("excess_nats", "paper_style")
+    }
+    # Of a stuck expert the excess is known; paper_style has no value for it, nor for a diverged one.
+    return without["excess_nats"], without["paper_style"] - without["excess_nats"]
 
 
 def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "") -> dict[str, Estimate]:
@@ -219,23 +224,21 @@ def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "")
     """
     check_columns(table, CONVERGENCE_COLUMNS, "convergence.csv")
     estimates = {}
+    unlearned = np.isin(np.arange(tasks), sorted(_diverged_and_stuck(table)[1]))
     for name, part in table.groupby("definition", sort=False):
         part = part.sort_values("task")
         if part["task"].tolist() != list(range(tasks)):
             raise InputError(f"convergence.csv does not have one row per task for {name!r}; measure again")
-        value, low, high = (part[column].to_numpy(dtype=np.float64) for column in ("value", "ci_low", "ci_high"))
-        censored = part["censored"].to_numpy(dtype=bool)
         estimates[str(name)] = Estimate(
             unit=str(part["unit"].iloc[0]),
-            value=value,
-            ci_low=low,
-            ci_high=high,
+            value=part["value"].to_numpy(dtype=np.float64),
+            ci_low=part["ci_low"].to_numpy(dtype=np.float64),
+            ci_high=part["ci_high"].to_numpy(dtype=np.float64),
             log=part["scale"].iloc[0] == "log",
-            flagged=censored,
+            flagged=part["censored"].to_numpy(dtype=bool),
             hardest_if_missing=True,
             note=floor_note if name in OVER_THE_FLOOR else "",
-            # The value of a stuck expert is no bound.
-            unlearned=censored & np.isfinite(value) & np.isfinite(low) & np.isfinite(high),
+            unlearned=unlearned,
         )
     return estimates
 

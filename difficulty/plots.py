@@ -104,6 +104,8 @@ def difficulty_figure(folder: Path) -> "Figure":
     for axes in panels[1:, 0]:
         axes.set_xlim(panels[0, 0].get_xlim())
     panels[-1, 0].set_xlabel(LOG_SNR_LABEL)
+    if any(any(measure.flagged) for measure in measures.values()):
+        figure.supxlabel("hollow: a bound, not valid or not learned; on the upper edge: no value", fontsize=8)
     return figure
 
 
@@ -112,10 +114,15 @@ def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker
     flagged = np.array(measure.flagged)
     shown = np.isfinite(value)
     # Intervals that reach below 0 need a linear axis, and so do logarithms.
-    if shown.any() and (value[shown] > 0).all() and (low[shown] > 0).all() and not measure.unit.startswith("log "):
+    ends = np.concatenate([value[shown], low[shown & np.isfinite(low)]])
+    if len(ends) and (ends > 0).all() and not measure.unit.startswith("log "):
         axes.set_yscale("log")
     axes.plot(x, value, color=colour, linewidth=1, alpha=0.5)
-    errors = np.abs(np.stack([value - low, high - value]))
+    # An open end has no bar; NaN would take the line of the other one away as well.
+    errors = np.nan_to_num(np.abs(np.stack([value - low, high - value])))
+    if not shown.any():
+        axes.text(0.5, 0.4, "no task has a value", transform=axes.transAxes, ha="center", fontsize=9)
+        axes.set_yticks([])
     for rows, face in ((~flagged, colour), (flagged, "white")):
         axes.errorbar(
             x[rows], value[rows], yerr=errors[:, rows], fmt=marker, color=colour, markerfacecolor=face,

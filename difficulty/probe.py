@@ -377,10 +377,12 @@ def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list
         raise InputError(f"{folder} was measured on other data; measure {dataset.name} first")
     recorded = [(task.t_first, task.t_last) for task in Ranking.load(folder).tasks]
     if recorded != [(task.first, task.last) for task in tasks]:
-        raise InputError(f"{folder} has other tasks; probe with its --tasks and --grid")
+        raise InputError(
+            f"{folder} has other tasks; measure {len(tasks)} tasks of this grid, or probe with its --tasks and --grid"
+        )
     best = read_floor(folder, len(tasks))
     if best.shape[1] != draws:
-        raise InputError(f"{folder} was measured on {best.shape[1]} draws per task; probe with as many, not {draws}")
+        raise InputError(f"{folder} was measured on {best.shape[1]} draws per task, not {draws}; both need as many")
     return best
 
 

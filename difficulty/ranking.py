@@ -149,6 +149,19 @@ class Ranking(_Record):
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise InputError(f"{file} is not a valid ranking: {where}: {first['msg']}") from None
 
+    def doubts(self, measure: str) -> list[str]:
+        """Sentences on tasks whose place by a measure is not sure, for whoever builds on their order."""
+        found, chosen = [], self.measures[measure]
+        missing = np.array([value is None for value in chosen.value])
+        for what, mask in (
+            ("has no value", missing),
+            ("is a bound, not valid, or of a task that was not learned", np.array(chosen.flagged) & ~missing),
+        ):
+            spans = [f"{task.t_first}..{task.t_last}" for task in self.tasks if mask[task.index]]
+            if spans:
+                found.append(f"{measure} {what} at t {', '.join(spans)}: the place of these tasks is not sure.")
+        return found
+
     def save(self, path: Path) -> None:
         """Write ranking.json atomically."""
         write_json(path, self.model_dump())
@@ -278,6 +291,8 @@ def _rank_one(estimate: Estimate, replicates: Array) -> MeasureRanking:
             bound[ranked] = np.quantile(places, tail, axis=0, method="closest_observation")
         # The rank of the estimate itself belongs to its interval.
         low, high = np.fmin(low, rank), np.fmax(high, rank)
+        if estimate.unlearned is not None:
+            high[estimate.unlearned & ~np.isnan(rank)] = len(ranked)  # no place is too hard for it
     return MeasureRanking(
         unit=estimate.unit,
         value=_floats(estimate.value),
@@ -316,13 +331,13 @@ def _verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequenc
     """One sentence: the hardest and easiest task, how many neighbours in rank differ, and "is lower t harder"."""
     centre = estimate.centre
     ranked = np.flatnonzero(~np.isnan(centre))
-    if len(ranked) < 3:
-        return f"{name}: fewer than three tasks have a value; no ranking is possible."
+    if len(ranked) < 2:
+        return f"{name}: fewer than two tasks have a value; no ranking is possible."
     order = _order(centre)
     position = np.arange(len(ranked), dtype=np.float64)
     tau, low, high = with_interval(float(kendall(centre[ranked], -position)), kendall(replicates[:, ranked], -position))
     if np.isnan(tau):
-        return f"{name}: no task was learned, so that none can be told from another."
+        return f"{name}: no task can be told from another: none was learned, or the budget ended first for all."
     without = ", ".join(f"{task.first}..{task.last}" for task in tasks if np.isnan(centre[task.index]))
     apart = int(_told_apart(order, estimate, replicates).sum())
     return (
@@ -341,12 +356,15 @@ def _extremes(estimate: Estimate, order: npt.NDArray[np.int64], tasks: Sequence[
     finite = np.isfinite(estimate.centre[order])
     top = order[sure | hard] if (sure | hard).any() else order
     bottom = order[sure & finite] if (sure & finite).any() else order[finite & ~hard]
-    hardest = tasks[top[-1]]
-    named = f"hardest t {hardest.first}..{hardest.last}"
-    if not len(bottom) or bottom[0] == top[-1]:
+    # Values may tie that are bounds, as where the budget ended first, or where nothing was learned.
+    tied = sorted(top[estimate.centre[top] == estimate.centre[top[-1]]])
+    spans = ", ".join(f"{tasks[k].first}..{tasks[k].last}" for k in tied)
+    named = f"hardest t {spans}{' alike' if len(tied) > 1 else ''}"
+    if not len(bottom) or bottom[0] in tied:
         return f"{named}, the easiest cannot be named, since all others are flagged"
     easiest = tasks[bottom[0]]
-    return f"{named}, easiest t {easiest.first}..{easiest.last}"
+    where = "" if bottom[0] == order[0] else " (of those that are not flagged)"
+    return f"{named}, easiest t {easiest.first}..{easiest.last}{where}"
 
 
 def _lower_is_harder(
@@ -359,7 +377,7 @@ def _lower_is_harder(
     sure = ranked[~estimate.flagged[ranked]]
     places = np.arange(len(sure), dtype=np.float64)
     _, low_sure, high_sure = with_interval(float(kendall(centre[sure], -places)), kendall(replicates[:, sure], -places))
-    if len(sure) < max(3, len(ranked) / 2):
+    if len(sure) <= len(ranked) / 2:
         return "is not decided, since most tasks are flagged"
     reversed_pair = _reversed_pair(centre, replicates, sure)
     if high < 0 and high_sure < 0:
@@ -416,7 +434,7 @@ def _surely_hard(estimate: Estimate) -> npt.NDArray[np.bool_]:
 def _groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> list[str]:
     """One sentence: the order from easiest to hardest and which neighbours in it are told apart; none without order."""
     order = _order(estimate.centre)
-    if len(order) < 3:
+    if len(order) < 2 or np.isinf(estimate.centre[order]).all():
         return []
     signs = np.where(_told_apart(order, estimate, replicates), " < ", " ~ ")
     names = [f"{tasks[i].first}..{tasks[i].last}{'*' if estimate.flagged[i] else ''}" for i in order]

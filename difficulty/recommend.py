@@ -96,7 +96,10 @@ def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[A
     for task in ranking.tasks:
         value = chosen.value[task.index]
         if value is None:
-            raise InputError(f"measure {measure!r} has no value for task {task.index}; measure with a larger budget")
+            raise InputError(
+                f"measure {measure!r} has no value at t {task.t_first}..{task.t_last}, where experts failed or no pair "
+                "is valid; there is no burden to share without it"
+            )
         # A task of one timestep has no width; one that ends in pure noise has no end.
         if task.sigma_last is None or task.t_first == task.t_last:
             continue
@@ -104,6 +107,8 @@ def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[A
         margin = 1e-6 * (high - low)  # steps, not ramps, and strictly rising
         tau += [low + margin, high - margin]
         rate += [2 * max(value, 0.0)] * 2  # d log-SNR = 2 d log s
+    if not rate:
+        raise InputError("every task is of one timestep or ends in pure noise and has no width; measure fewer tasks")
     if sum(rate) <= 0:
         raise InputError(f"measure {measure!r} is nowhere positive; there is no burden to share")
     return np.array(tau), np.array(rate)

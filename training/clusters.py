@@ -108,6 +108,8 @@ def split_by_value(values: Sequence[float | None], k: int, method: str) -> Clust
         InputError: if the method is unknown or there are fewer values than clusters.
     """
     known = [index for index, value in enumerate(values) if value is not None]
+    if not known:
+        raise InputError("no task has a value of this measure; cluster by another one")
     if not 1 <= k <= len(known):
         raise InputError(f"{k} clusters asked for, but {len(known)} tasks have a value; choose 1 <= k <= {len(known)}")
     numbers = np.array([values[index] for index in known], dtype=np.float64)

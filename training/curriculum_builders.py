@@ -14,7 +14,7 @@ from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import digest
 from difficulty.specs import parse_spec
 from difficulty.tasks import Task
-from training.clusters import INTERVAL_METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
+from training.clusters import INTERVAL_METHODS, METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
 from training.curriculum import Cluster, Curriculum, DensityField, PacingField, first_reason, known_process
 from training.density import density, proportional_to, task_masses
 
@@ -177,6 +177,7 @@ def _grouped(
         # Intervals inside one measured task have its value up to rounding; of these the noisier comes first.
         rounded = [math.inf if value is None else float(f"{value:.12g}") for value in values]
         return tasks, [[i] for i in sorted(range(k), key=lambda i: (rounded[i], -i))], measure
+    choose("clustering method", method, {**METHODS, **INTERVAL_METHODS})
     measure = NOISE if measure == NOISE else pick_measure(ranking, measure)
     return ranking.tasks, split_by_value(_values(ranking, ranking.tasks, measure), k, method), measure
 

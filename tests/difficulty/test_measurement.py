@@ -8,11 +8,16 @@ import pandas as pd
 import pytest
 
 from difficulty import measurement
+from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.expert_crew import Crew
 from difficulty.expert_plan import ExpertPlan
 from difficulty.measurement import measure
+from difficulty.measurement_folder import convergence_estimates
 from difficulty.plots import difficulty_figure, plot_folder, rank_figure
+from difficulty.process import get_process
+from difficulty.ranking import rank_tasks
+from difficulty.tasks import make_tasks
 
 PLAN = ExpertPlan(seeds=(0, 1), budget=20, batch=8, heldout_draws=20)
 OWN = """
@@ -64,6 +69,9 @@ def test_tasks_whose_experts_never_learned_are_named_and_flagged(measured):
     _, ranking = measured("Never")
     assert "Experts of t 1..250, 251..500, 501..750, 751..1000 are no better" in " ".join(ranking.verdict)
     assert all(ranking.measures["excess_nats"].flagged)
+    assert ranking.measures["excess_nats"].rank_high == [4] * 4
+    named = [sentence for sentence in ranking.verdict if "easiest t" in sentence]
+    assert named == []
 
 
 def test_a_measurement_of_which_every_expert_diverged_is_drawn(measured):
@@ -128,3 +136,26 @@ def test_an_interrupted_measurement_does_not_go_on_with_an_edited_network(tmp_pa
         measure("grid-2d:n=200", out=out, tasks=2, measures=["convergence"], plan=plan)
     own.write_text(OWN)
     measure("grid-2d:n=200", out=out, tasks=2, measures=["convergence"], plan=plan)
+
+
+def test_nothing_that_was_not_learned_is_called_easy_by_one_seed_either(tmp_path):
+    plan = replace(PLAN, network="mlp:width=8", seeds=(0,), learning_rate=1e-12)
+    found = measure("grid-2d:n=200", out=tmp_path, tasks=4, measures=["convergence"], plan=plan).ranking
+    assert [sentence for sentence in found.verdict if "easiest t" in sentence] == []
+
+
+def test_of_one_seed_a_bound_is_a_bound():
+    iterations = np.array([0, 1, 2, 4, 8, 16, 32, 64, 100])
+    fast, slow = 10 * np.exp(-iterations / 4) + 1e-3, 10 * np.exp(-iterations / 300) + 1e-3
+    rows = [
+        {"task": k, "seed": 0, "iteration": i, "samples": i, "heldout_loss": 2 * e, "floor": 0.0, "floor_kind": "exact",
+         "zero_loss": 20.1, "excess_nats": e, "excess_se": 1e-6}
+        for k, curve in enumerate((fast, slow, slow)) for i, e in zip(iterations, curve, strict=True)
+    ]  # fmt: skip
+    table = convergence_table(pd.DataFrame(rows), 100)
+    tasks = make_tasks(get_process("vp-linear"), 3)
+    found = rank_tasks(
+        convergence_estimates(table, 3), tasks, get_process("vp-linear"), dataset={}, grid="t", provenance={}
+    )
+    (said,) = [sentence for sentence in found.verdict if sentence.startswith("paper_style_floor: ")]
+    assert "hardest t 334..666, 667..1000 alike, easiest t 1..333" in said

@@ -176,7 +176,7 @@ def test_where_the_cleanest_tasks_have_no_value_the_claim_is_about_the_others():
 def test_a_task_whose_value_is_a_bound_is_neither_the_easiest_nor_told_apart():
     value, flagged = 2.0 ** -np.arange(10.0), np.arange(10) >= 8
     ranking = ranking_of(m=estimate(value, flagged=flagged))
-    assert "hardest t 1..100, easiest t 701..800; 7 of 9 neighbours" in ranking.verdict[0]
+    assert "hardest t 1..100, easiest t 701..800 (of those that are not flagged); 7 of 9 neigh" in ranking.verdict[0]
     assert "* a bound): 901..1000* ~ 801..900* ~ 701..800 < 601..700" in ranking.verdict[1]
 
 
@@ -189,7 +189,7 @@ def test_tasks_whose_end_was_not_seen_share_the_hardest_places():
     )  # fmt: skip
     ranking = ranking_of(m=open_above)
     measure = ranking.measures["m"]
-    assert "hardest t 901..1000, easiest t 1..100; 7 of 9 neighbours" in ranking.verdict[0]
+    assert "hardest t 701..800, 801..900, 901..1000 alike, easiest t 1..100; 7 of 9 neigh" in ranking.verdict[0]
     assert [(measure.rank_low[k], measure.rank_high[k]) for k in (7, 8, 9)] == [(8, 10)] * 3
 
 
@@ -219,10 +219,11 @@ def test_of_equal_neighbours_few_rankings_tell_any_apart():
 def test_a_task_without_a_value_is_never_the_easiest_where_all_others_are_flagged():
     value, flagged = 2.0 ** -np.arange(10.0), np.ones(10, bool)
     value[[3, 6]] = np.nan
-    assert "hardest t 601..700, easiest t 901..1000" in ranking_of(m=estimate(value, flagged=flagged)).verdict[0]
+    verdict = ranking_of(m=estimate(value, flagged=flagged)).verdict[0]
+    assert "hardest t 301..400, 601..700 alike, easiest t 901..1000" in verdict
     value[:9] = np.nan
     verdict = ranking_of(m=estimate(value, flagged=np.arange(10) < 9)).verdict[0]
-    assert "hardest t 801..900, easiest t 901..1000" in verdict
+    assert "801..900 alike, easiest t 901..1000" in verdict
     lonely = estimate(2.0 ** -np.arange(10.0), flagged=np.arange(10) > 0)
     assert "hardest t 1..100, the easiest cannot be named, since all others" in ranking_of(m=lonely).verdict[0]
 
@@ -230,12 +231,38 @@ def test_a_task_without_a_value_is_never_the_easiest_where_all_others_are_flagge
 def test_a_task_that_was_not_learned_may_be_the_hardest_and_not_the_easiest():
     value = 2.0 ** -np.arange(10.0)
     unlearned = np.isin(np.arange(10), (0, 9))
-    verdict = ranking_of(m=estimate(value, flagged=unlearned, unlearned=unlearned)).verdict
-    assert "hardest t 1..100, easiest t 801..900; 8 of 9 neighbours" in verdict[0]
-    assert "* a bound or not learned): 901..1000* ~ 801..900 <" in verdict[1]
+    ranking = ranking_of(m=estimate(value, flagged=unlearned, unlearned=unlearned))
+    assert "hardest t 1..100, easiest t 801..900 (of those that are not flagged); 8 of 9 nei" in ranking.verdict[0]
+    assert "* a bound or not learned): 901..1000* ~ 801..900 <" in ranking.verdict[1]
+    assert (ranking.measures["m"].rank[9], ranking.measures["m"].rank_high[9]) == (1, 10)
+    assert "m is a bound, not valid, or of a task that was not learned at t 1..100, 901..1000:" in ranking.doubts("m")[0]
 
 
 def test_nothing_is_decided_by_the_few_tasks_that_are_not_flagged():
     value = 2.0 ** -np.arange(10.0)
     verdict = ranking_of(m=estimate(value, flagged=np.arange(10) >= 4)).verdict[0]
     assert "'lower t is harder' is not decided, since most tasks are flagged" in verdict
+
+
+def test_two_tasks_are_ranked_and_one_is_not():
+    for count, said in ((2, "hardest t 1..500, easiest t 501..1000; 1 of 1 neighbours"), (1, "fewer than two tasks")):
+        value = 2.0 ** -np.arange(count)
+        tasks = make_tasks(PROCESS, count)
+        found = rank_tasks({"m": estimate(value)}, tasks, PROCESS, dataset={"name": "test"}, grid="t", provenance={})
+        assert said in found.verdict[0]
+
+
+def test_where_the_budget_ended_first_for_all_nothing_is_told_apart():
+    value = np.full(10, 100.0)
+    bounds = Estimate(
+        "iterations", value, value - 1, np.full(10, np.nan), True, np.ones(10, bool), hardest_if_missing=True
+    )
+    assert "none was learned, or the budget ended first for all" in ranking_of(m=bounds).verdict[0]
+
+
+def test_a_task_without_a_value_is_a_doubt_for_whoever_orders_them():
+    value = np.arange(1.0, 11.0)
+    value[0] = np.nan
+    (doubt,) = ranking_of(m=estimate(value)).doubts("m")
+    assert doubt == "m has no value at t 1..100: the place of these tasks is not sure."
+    assert ranking_of(m=estimate(np.arange(1.0, 11.0))).doubts("m") == []

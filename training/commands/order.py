@@ -13,7 +13,7 @@ from difficulty.errors import InputError
 from difficulty.process import get_process
 from difficulty.ranking import Ranking
 from difficulty.records import read_run, read_table
-from training.commands.arguments import File, ranked_process
+from training.commands.arguments import File, ranked_process, warn
 from training.curriculum import Curriculum, known_process
 from training.curriculum_builders import exposure_matched, make_curriculum
 from training.curriculum_builders import first_then_all as with_first_apart
@@ -77,6 +77,7 @@ def cluster(
     if first_then_all:
         curriculum = with_first_apart(curriculum)
     curriculum.save(output)
+    _warn_of_doubts(ranking, curriculum.provenance["measure"])
     if json:
         print(jsonlib.dumps(curriculum.model_dump()))
         return
@@ -103,7 +104,13 @@ def recipe(
     ranking = Ranking.load(folder)
     curriculum = measured_recipe(ranking, ranked_process(process, ranking, folder), design)
     curriculum.save(output)
+    _warn_of_doubts(ranking, MEASURE)
     print(f"{output}: recipe {design} from {MEASURE}, {len(curriculum.density_phases) + 1} densities of t")
+
+
+def _warn_of_doubts(ranking: Ranking, measure: str) -> None:
+    for sentence in ranking.doubts(measure) if measure in ranking.measures else []:
+        warn(sentence)
 
 
 def static(run: File, output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("static.json")) -> None:

@@ -135,6 +135,9 @@ def run(
     if autoencoder:
         dataset = latent_dataset(dataset, autoencoder, posterior, tell)
     chosen = None if curriculum == "none" else Curriculum.load(curriculum)
+    ordered = chosen.provenance.get("dataset") if chosen else None
+    if isinstance(ordered, dict) and ordered.get("train") != dataset.fingerprint["train"]:
+        tell(f"{curriculum} was made on other data ({ordered.get('name')}), which may order their tasks in another way")
     forward = chosen_process(process, chosen, curriculum)
     plan = TrainPlan(
         steps=steps,
