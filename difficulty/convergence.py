@@ -253,8 +253,8 @@ def convergence_table(losses: pd.DataFrame, budget: int, siblings: pd.DataFrame 
         Columns task, definition, value, ci_low, ci_high, scale (log or linear: where the interval is symmetric),
         censored, unit. A task one of whose experts diverged has no value; one of whose experts is stuck has no
         paper-style value; both are censored, and so is a value that is only a bound. Bounds of an interval are NaN
-        where they are not known: both of a single seed without siblings, the open one of a bound. A bound of a single
-        seed is its own other end.
+        where they are not known: both of a single seed without siblings, the open one of a bound. A lower bound of a
+        single seed is its own lower end.
 
     Raises:
         InputError: if a column is missing.
@@ -294,9 +294,8 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, si
             "unit": values.unit,
         }
     )
-    if np.isnan(half).all():  # of a single seed a bound is one nevertheless
+    if np.isnan(half).all():  # of a single seed what is at least so much is so nevertheless
         table.loc[values.at_least, "ci_low"] = table["value"]
-        table.loc[values.at_most, "ci_high"] = table["value"]
     table.loc[values.at_least, "ci_high"] = np.nan
     table.loc[values.at_most, "ci_low"] = np.nan
     table.loc[curves.diverged, ["value", "ci_low", "ci_high"]] = np.nan

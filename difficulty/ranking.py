@@ -25,7 +25,7 @@ from difficulty.process import Array, Process
 from difficulty.randomness import stream
 from difficulty.rank_correlation import agreement_words, kendall, with_interval
 from difficulty.records import read_json, write_json
-from difficulty.tasks import Task
+from difficulty.tasks import Task, runs
 
 RANKING_FORMAT: Literal["denoising-difficulty/ranking/1"] = "denoising-difficulty/ranking/1"
 REPLICATES = 4000
@@ -357,8 +357,8 @@ def _extremes(estimate: Estimate, order: npt.NDArray[np.int64], tasks: Sequence[
     top = order[sure | hard] if (sure | hard).any() else order
     bottom = order[sure & finite] if (sure & finite).any() else order[finite & ~hard]
     # Values may tie that are bounds, as where the budget ended first, or where nothing was learned.
-    tied = sorted(top[estimate.centre[top] == estimate.centre[top[-1]]])
-    spans = ", ".join(f"{tasks[k].first}..{tasks[k].last}" for k in tied)
+    tied = top[estimate.centre[top] == estimate.centre[top[-1]]]
+    spans = ", ".join(f"{tasks[i].first}..{tasks[j].last}" for i, j in runs(sorted(tied.tolist())))
     named = f"hardest t {spans}{' alike' if len(tied) > 1 else ''}"
     if not len(bottom) or bottom[0] in tied:
         return f"{named}, the easiest cannot be named, since all others are flagged"

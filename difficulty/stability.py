@@ -63,7 +63,7 @@ def _ranks(values: pd.Series) -> Array:
 def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanking]) -> list[str]:
     """One sentence per definition: agreement of the budgets and seeds, and how many ranks survive.
 
-    Ranks of tasks whose value is a bound are none that could survive; where all are, nothing is said.
+    Ranks of tasks whose value is a bound are none that could survive; where all are, nothing is said, nor of one task.
     """
     check_columns(table, STABILITY_COLUMNS, "stability.csv")
     sentences = []
@@ -72,7 +72,7 @@ def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanki
         measure = measures[str(definition)]
         low, high = (np.array(v, dtype=np.float64) for v in (measure.rank_low, measure.rank_high))
         known = ~np.array(measure.flagged)
-        if not known.any():
+        if not known.any() or len(known) < 2:
             continue
         survive = known.copy()
         for variant in (HALF, DOUBLE):
