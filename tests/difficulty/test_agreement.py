@@ -9,7 +9,7 @@ import pytest
 from learning_curves import BUDGET, FLOOR, exponential, losses_of
 from scipy.stats import kendalltau, spearmanr
 
-from difficulty.agreement import agreement_sentences, agreement_table, rank_over_joint_floor
+from difficulty.agreement import AGREEMENT_COLUMNS, agreement_sentences, agreement_table, rank_over_joint_floor
 from difficulty.cli import SUBCOMMANDS
 from difficulty.commandline import run_cli
 from difficulty.convergence import convergence_table
@@ -216,3 +216,9 @@ def test_the_command_prints_sentences_or_json_and_writes_the_table(tmp_path, cap
     assert len(json.loads(capsys.readouterr().out)) == len(table) == 7
     assert run(a, tmp_path / "absent") == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_an_order_that_tells_no_tasks_apart_agrees_with_none():
+    row = dict.fromkeys(AGREEMENT_COLUMNS, "a") | {"kendall": np.nan, "axis": "tasks", "points": 2}
+    (said,) = agreement_sentences(pd.DataFrame([row]))
+    assert said == "a and a, a: nothing to compare, since one of them tells no tasks apart."

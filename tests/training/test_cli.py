@@ -298,3 +298,25 @@ def test_a_data_set_that_vanished_costs_one_sentence_and_leaves_the_last_good_st
     assert code == 2
     assert "data.npy does not exist" in err
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+def test_tasks_without_a_sure_place_and_other_data_are_named(call, ranking, tmp_path):
+    flagged = ranking.model_copy(deep=True)
+    name, measure = next(iter(flagged.measures.items()))
+    measure.flagged[0] = True
+    flagged.save(tmp_path / "ranking.json")
+    file = tmp_path / "c.json"
+    _, _, said = call("cluster", tmp_path, "-k", "2", "-o", file)
+    first = flagged.tasks[0]
+    assert f"{name} is a bound, not valid, or of a task that was not learned at t 1..{first.t_last}" in said
+    ranking.save(tmp_path / "ranking.json")
+    assert "place" not in call("cluster", tmp_path, "-k", "2", "-o", file)[2]
+    begun = ["--curriculum", file, "--steps", "4", *SMALL]
+    code, _, said = call("run", "grid-2d:n=200", *begun, "--out", tmp_path / "a")
+    assert (code, "was made on other data" in said) == (0, True)
+
+
+def test_methods_of_clustering_are_all_named(call, ranking, tmp_path):
+    ranking.save(tmp_path / "ranking.json")
+    code, _, said = call("cluster", tmp_path, "--method", "quantiles")
+    assert (code, "known are kmeans, quantile, mass, uniform, contiguous, snr, log-snr" in said) == (2, True)
