@@ -14,7 +14,6 @@ third of their speed under vmap. ``choose_engine`` follows this, within the memo
 
 __all__ = ["ENGINES", "Bank", "Block", "EngineChoice", "choose_engine"]
 
-import functools
 import importlib.util
 import math
 import os
@@ -28,7 +27,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from difficulty.denoiser import Denoiser
-from difficulty.devices import free_bytes
+from difficulty.devices import free_bytes, same_to_rounding
 from difficulty.errors import InputError, choose, first_line
 from difficulty.folding import fold, shaken, unfoldable
 from difficulty.randomness import seeded_torch
@@ -294,10 +293,9 @@ def _check_rows(denoiser: Denoiser, x: Tensor, t: Tensor) -> None:
         )
     if not together.isfinite().all():
         return  # nothing to compare; its experts will be censored
-    near = functools.partial(torch.allclose, together, rtol=1e-3, atol=1e-4 * float(together.abs().max()))
-    if not near(again):
+    if not same_to_rounding(again, together):
         raise InputError("the network's output is random in training; experts need one without dropout")
-    if not near(halves):
+    if not same_to_rounding(halves, together):
         raise InputError("the network's output for a sample depends on the rest of its batch; use no batch norm")
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from difficulty.devices import same_to_rounding
 from difficulty.errors import first_line
 from difficulty.networks import LearnedPositions, NoiseEmbedding
 from difficulty.randomness import torch_generator
@@ -152,7 +153,7 @@ def unfoldable(network: nn.Module, *inputs: Tensor) -> str | None:
         alone = torch.cat([functional_call(network, own[k], tuple(half[k] for half in halves)) for k in range(2)])
     if not alone.isfinite().all():
         return "its outputs are not finite, so that its rows cannot be checked"
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max())):
+    if not same_to_rounding(together, alone):
         return "its rows depend on one another"
     return None
 

@@ -20,7 +20,6 @@ is of one model: its weights are known by their hash.
 
 __all__ = ["PROBE_COLUMNS", "Probe", "Prober", "probe", "probe_estimates"]
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from difficulty.datasets import Dataset, load_dataset
-from difficulty.devices import full_precision
+from difficulty.devices import full_precision, same_to_rounding
 from difficulty.errors import InputError, first_line
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
 from difficulty.heldout import Floors, HeldOutDraws, check_draws, task_draws
@@ -198,10 +197,9 @@ class Prober:
         first, again, beside = (self._estimate(model, draws, part) for part in (rows, rows, np.tile(rows[::2], 2)))
         if not all(part.isfinite().all() for part in (first, again, beside)):
             return  # said of the tasks where it is so
-        near = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
-        if not near(first, again):
+        if not same_to_rounding(again, first):
             raise InputError(f"{model.name} gives another output every time; probe it without dropout or other chance")
-        if not near(first[::2], beside[: GROUP // 2]):
+        if not same_to_rounding(beside[: GROUP // 2], first[::2]):
             raise InputError(f"what {model.name} gives for a sample depends on its batch; use no batch norm")
 
     def __call__(
@@ -340,8 +338,7 @@ def _data_for(
     """The data as the model takes them: images as latents, if it takes those and they are not latents already."""
     known = model.latents or {}
     if vae is None and not known:
-        if posterior is not None:
-            check_posterior(posterior, vae)
+        check_posterior(posterior or "mean", vae)
         return dataset
     if vae is None and model.takes(dataset.shape):
         tell(f"{dataset.name} has the shape of latents, and is taken for such")

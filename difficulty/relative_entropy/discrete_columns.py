@@ -39,8 +39,8 @@ def lacking_in_columns(fit: Fit, columns: Columns, pairs: Pairs) -> Measured:
     """Relative entropies that a fit lacks at m pairs for want of the atoms of columns, nats, (m,), and their error."""
     kl, kl_reverse, error = np.zeros((3, len(pairs)))
     noise = np.exp(pairs.tau)
-    for column, near, laws in _where_it_matters(fit, columns, pairs.tau):
-        atoms, marginal = (law.measure(pairs.take(near), 0, 0) for law in laws)
+    for column, near, marginal_law in _where_it_matters(fit, columns, pairs.tau):
+        atoms, marginal = (law.measure(pairs.take(near), 0, 0) for law in (_atoms(column), marginal_law))
         lacking = column.share * (atoms.kl - marginal.kl)
         kl[near] += lacking
         kl_reverse[near] += column.share * (atoms.kl_reverse - marginal.kl_reverse)
@@ -51,7 +51,7 @@ def lacking_in_columns(fit: Fit, columns: Columns, pairs: Pairs) -> Measured:
 def rates_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of A, B, C, I_min (F5) at m levels of log noise scale, shape (m, 4)."""
     total = np.zeros((len(tau), 4))
-    for column, near, (_, marginal) in _where_it_matters(fit, columns, tau):
+    for column, near, marginal in _where_it_matters(fit, columns, tau):
         total[near] += column.share * (_rates_of_atoms(column, tuple(tau[near])) - marginal.profile(tau[near], 0, 0))
     return total
 
@@ -59,7 +59,7 @@ def rates_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
 def mmse_lacking_in_columns(fit: Fit, columns: Columns, tau: Array) -> Array:
     """The same of the mmse, shape (m,); not positive, since atoms are easier to tell than what is smooth."""
     total = np.zeros(len(tau))
-    for column, near, (_, marginal) in _where_it_matters(fit, columns, tau):
+    for column, near, marginal in _where_it_matters(fit, columns, tau):
         total[near] += column.share * (_mmse_of_atoms(column, tuple(tau[near])) - marginal.mmse(tau[near], 0, 0))
     return total
 
@@ -79,12 +79,10 @@ def _atoms(column: DiscreteColumn) -> ProductBlock:
     return ProductBlock(np.ones((1, 1)), column.weights[None], column.values[None], np.zeros((1, len(column.values))))
 
 
-def _where_it_matters(
-    fit: Fit, columns: Columns, tau: Array
-) -> Iterator[tuple[DiscreteColumn, Rows, tuple[ProductBlock, ProductBlock]]]:
-    """Each column with the levels whose noise shows its steps, its law of atoms and the fit's marginal on it."""
+def _where_it_matters(fit: Fit, columns: Columns, tau: Array) -> Iterator[tuple[DiscreteColumn, Rows, ProductBlock]]:
+    """Each column with the levels whose noise shows its steps and the fit's marginal on it."""
     for column in columns:
         near = np.flatnonzero(np.exp(tau) < column.step)
         if len(near):
             marginal = ProductBlock(np.ones((1, 1)), *(part[None] for part in fit.marginal(column.direction)))
-            yield column, near, (_atoms(column), marginal)
+            yield column, near, marginal
