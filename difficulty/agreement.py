@@ -27,6 +27,7 @@ import pandas as pd
 
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
+from difficulty.estimate import Estimate
 from difficulty.floors import FLOOR_FILE, joint_floor, over_floor, read_floor
 from difficulty.measurement_folder import (
     check_config,
@@ -40,7 +41,7 @@ from difficulty.process import Array, Process
 from difficulty.process_file import read_process
 from difficulty.randomness import stream
 from difficulty.rank_correlation import agreement_words, kendall, spearman, with_interval
-from difficulty.ranking import Estimate, Ranking
+from difficulty.ranking import Ranking
 from difficulty.records import fingerprint_array, read_run, read_table, write_array, write_json, write_table
 from difficulty.stability import stability_table
 from difficulty.tasks import Task, make_tasks

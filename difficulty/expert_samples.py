@@ -35,13 +35,13 @@ from difficulty.datasets import Dataset
 from difficulty.distances import frechet, pca, sliced_wasserstein
 from difficulty.engines import Bank
 from difficulty.errors import InputError
+from difficulty.estimate import Estimate
 from difficulty.expert_plan import ExpertPlan
 from difficulty.experts import train_shared
 from difficulty.losses import LearningCurves
 from difficulty.prediction import to_x0
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
-from difficulty.ranking import Estimate
 from difficulty.records import check_columns
 from difficulty.tasks import Task
 

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difficulty.convergence import CONVERGENCE_COLUMNS, DEFINITIONS
 from difficulty.errors import InputError
+from difficulty.estimate import Estimate
 from difficulty.expert_plan import LEAST_BUDGET
 from difficulty.expert_samples import QUALITY_COLUMNS, quality_estimates
 from difficulty.losses import LOSS_COLUMNS
 from difficulty.process_file import read_process
-from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.ranking import Ranking, rank_tasks
 from difficulty.records import check_columns, fingerprint_array, read_run, read_table
 from difficulty.stability import STABILITY_COLUMNS, stability_sentences, variants_of
 from difficulty.tasks import Task, make_tasks

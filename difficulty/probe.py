@@ -34,6 +34,7 @@ from torch import Tensor
 from difficulty.datasets import Dataset, load_dataset
 from difficulty.devices import full_precision, same_to_rounding
 from difficulty.errors import InputError, first_line
+from difficulty.estimate import Estimate
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
 from difficulty.heldout import Floors, HeldOutDraws, check_draws, task_draws
 from difficulty.intervals import Z90
@@ -41,7 +42,7 @@ from difficulty.latents import autoencoder_of, check_posterior, latent_dataset
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
-from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.ranking import Ranking, rank_tasks
 from difficulty.records import finish_run, read_array, read_run, start_run, write_array, write_table
 from difficulty.tasks import Task, make_tasks
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from difficulty.errors import InputError
+from difficulty.estimate import Estimate
 from difficulty.process import get_process
-from difficulty.ranking import Estimate, Ranking, rank_tasks
+from difficulty.ranking import Ranking, rank_tasks
 from difficulty.tasks import make_tasks
 
 PROCESS = get_process("flow-matching")

@@ -8,9 +8,10 @@ import pytest
 from difficulty.cli import SUBCOMMANDS
 from difficulty.commandline import run_cli
 from difficulty.errors import InputError
+from difficulty.estimate import Estimate
 from difficulty.process import get_process
 from difficulty.process_file import read_process, write_process
-from difficulty.ranking import Estimate, rank_tasks
+from difficulty.ranking import rank_tasks
 from difficulty.recommend import burden_of_ranking, equal_burden, fit_density
 from difficulty.tasks import make_tasks
 
