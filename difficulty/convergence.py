@@ -9,7 +9,7 @@ With L(i) the held-out loss E|eps - eps_hat|^2 (summed over dimensions) after i 
                   (arXiv 2403.10348); depends on the prediction and on the budget, and a stuck expert looks easy.
     paper_style_floor  the same with L* as the limit.
     normalised_area    mean over log-spaced iterations of (L(i) - L_end) / (L(0) - L_end).
-    exponential   time constant of the least-squares fit L(i) = c + a exp(-i/time).
+    exponential   time constant of the least-squares fit L(i) = c + a exp(-i/time), a > 0.
     power_law     slope of log e(i) against log i over the second half of the log-spaced iterations; 0 is no progress.
 
 Larger is harder in all of them. The first two survive a change of prediction and of optimizer, the others are what
@@ -30,14 +30,12 @@ the excess is below its own error (excess, log-regret, power law).
 
 __all__ = ["CONVERGENCE_COLUMNS", "DEFINITIONS", "convergence_table", "paper_style", "summary_over_seeds"]
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.special import polygamma
 from scipy.stats import chi2
 from scipy.stats import t as student_t
@@ -184,36 +182,37 @@ def normalised_area(curves: LearningCurves) -> SeedValues:
 
 
 def exponential(curves: LearningCurves) -> SeedValues:
-    """Time constant of an exponential fit to the held-out loss.
+    """Time constant, from the first checkpoint to the budget, of the least-squares exponential fit to the loss.
 
-    A lower bound where it exceeds the budget or nothing fits, an upper one where it lies before the first checkpoint.
+    A lower bound at the budget, where a longer one would fit better or nothing falls; an upper one at the first
+    checkpoint.
     """
-    S, K, _ = curves.loss.shape
-    budget = curves.iterations[-1]
-    value = np.full((S, K), np.nan)
-    for s, k in np.ndindex(S, K):
-        loss = curves.loss[s, k]
-        if not np.isfinite(loss).all() or loss[0] == loss[-1]:
-            continue
-        # Fitted on a curve of unit fall, in the logarithm of the time constant, which keeps it positive.
-        scaled = (loss - loss[-1]) / (loss[0] - loss[-1])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", OptimizeWarning)  # about a covariance that is not used
-                (_, _, log_time), _ = curve_fit(
-                    _exponential_fall, curves.iterations, scaled, p0=(0.0, 1.0, np.log(budget / 5)), maxfev=2000
-                )
-        except RuntimeError:  # no convergence: this curve is no exponential at all
-            continue
-        value[s, k] = log_time
-    end_not_seen = np.asarray((value > np.log(budget)).any(0) | np.isnan(value).any(0))
-    start_not_seen = np.asarray((value < np.log(curves.iterations[1])).any(0))
+    shortest, longest = np.log(curves.iterations[1]), np.log(curves.iterations[-1])
+    # The sum of squares may have several minima, hence a grid first. Longest first: where nothing falls all are alike.
+    log_time, step = np.linspace(longest, shortest, 200, retstep=True)
+    value = log_time[_explained(curves, log_time).argmax(-1)]
+    for _ in range(5):
+        near = np.clip(value[..., None] + step * np.linspace(-1, 1, 21), shortest, longest)
+        best = _explained(curves, near).argmax(-1)
+        value, step = np.take_along_axis(near, best[..., None], -1)[..., 0], step / 10
+    end_not_seen, start_not_seen = (value >= longest).any(0), (value <= shortest).any(0)
+    value[~np.isfinite(curves.loss).all(-1)] = np.nan
     return _rate(curves, value, end_not_seen, start_not_seen, "iterations", log=True)
 
 
-def _exponential_fall(iteration: Array, end: float, height: float, log_time: float) -> Array:
-    # A search may try any time constant; beyond these it is none, and the exponential would overflow.
-    return end + height * np.exp(-iteration * np.exp(-np.clip(log_time, -30.0, 30.0)))
+def _explained(curves: LearningCurves, log_time: Array) -> Array:
+    """How much of the sum of squares of a loss the best c + a exp(-i/time) with a > 0 explains, (S, K, G).
+
+    Args:
+        curves: of C checkpoints.
+        log_time: logarithms of the times, (G,) or (S, K, G).
+    """
+    fall = np.exp(-curves.iterations / np.exp(log_time)[..., None])  # (..., G, C)
+    fall -= fall.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged expert's is NaN
+        loss = curves.loss - curves.loss.mean(-1, keepdims=True)
+        product = (fall @ loss[..., None])[..., 0]
+        return np.asarray(np.maximum(product, 0) ** 2 / (fall**2).sum(-1))
 
 
 def power_law(curves: LearningCurves) -> SeedValues:

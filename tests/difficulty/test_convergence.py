@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from learning_curves import BUDGET, ITERATIONS, exponential, losses_of
+from learning_curves import BUDGET, FLOOR, ITERATIONS, exponential, losses_of
 from scipy.stats import t as student_t
 
 from difficulty.convergence import _seed_variance, convergence_table
@@ -136,6 +136,36 @@ def test_paper_style_with_the_floor_as_limit_is_censored_where_the_budget_ends_b
 def test_the_exponential_fit_finds_the_time_constant(rate):
     table = convergence_table(losses_of([exponential(rate)]), BUDGET)
     np.testing.assert_allclose(value(table, "exponential"), rate, rtol=1e-3)
+
+
+def sum_of_squares(curve, time):
+    """Of the best c + a exp(-i/time) at the checkpoints up to the budget, by linear least squares."""
+    i = np.array([i for i in ITERATIONS if i <= BUDGET])
+    columns = np.stack([np.ones(len(i)), np.exp(-i / time)], 1)
+    return float(np.linalg.lstsq(columns, FLOOR + 2 * np.vectorize(curve)(i))[1][0])
+
+
+# With the fast fall before the first checkpoint the sum of squares has two minima over the time constant: the best one
+# is at its end for the lower slow falls, and in the middle for the higher.
+@pytest.mark.parametrize(("fast", "slow"), [(3, 0.4), (3, 0.6), (3, 0.8), (3, 1.0), (12, 0.6), (12, 2.0)])
+def test_the_exponential_fit_is_the_best_of_all_where_a_fast_and_a_slow_fall_compete(fast, slow):
+    def curve(i):
+        return np.exp(-i / fast) + slow * np.exp(-i / 800)
+
+    found = value(convergence_table(losses_of([curve]), BUDGET), "exponential")
+    times = np.geomspace(10, BUDGET, 4000)
+    best = times[np.argmin([sum_of_squares(curve, time) for time in times])]
+    np.testing.assert_allclose(found, best, rtol=2e-3)
+    assert sum_of_squares(curve, found) <= sum_of_squares(curve, best) * (1 + 1e-9)
+
+
+def test_a_loss_that_only_rises_has_the_budget_as_a_lower_bound_of_its_time_constant():
+    losses = losses_of([lambda i: 0.1 + 0.1 * i / BUDGET, exponential(50)])
+    losses["zero_excess_nats"] = 5.0  # better than nothing to begin with, or it would count as stuck
+    table = convergence_table(losses, BUDGET)
+    np.testing.assert_allclose(value(table, "exponential", 0), BUDGET)
+    assert value(table, "exponential", 0, "censored")
+    assert not value(table, "exponential", 1, "censored")
 
 
 @pytest.mark.parametrize("exponent", [0.3, 1.0, 2.0])
