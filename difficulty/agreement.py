@@ -246,12 +246,13 @@ def _compare(a: _Side, b: _Side, measure: str) -> dict[str, Any]:
     """One row of the table."""
     same = a.judged_alike == b.judged_alike
     edges = None if same else _common_bins(a, b)
-    values, drawn = [], []
+    values, drawn, learned = [], [], np.array(True)
     for index, side in enumerate((a, b)):
         estimate = side.estimates[measure]
         shares = np.eye(len(side.tasks)) if edges is None else _shares(side, edges)
         values.append(_means(shares, estimate.centre))
         drawn.append(_means(shares, estimate.replicates(REPLICATES, stream(0, index))))
+        learned = learned & ~(~estimate.learned @ (shares.T > 0))  # of a bin, every task in it
     both = ~(np.isnan(values[0]) | np.isnan(values[1]))
     row: dict[str, Any] = {
         "first": a.name, "second": b.name, "measure": measure, "axis": TASKS if same else LOG_SNR,
@@ -264,7 +265,7 @@ def _compare(a: _Side, b: _Side, measure: str) -> dict[str, Any]:
             found = with_interval(between, correlation(drawn[0][:, both], drawn[1][:, both]))
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
     if np.isfinite(row["kendall"]):
-        row["verdict"] = agreement_words(row["kendall_low"], row["kendall_high"])
+        row["verdict"] = agreement_words(row["kendall_low"], row["kendall_high"], learned[both])
     return row
 
 

@@ -49,10 +49,15 @@ class Estimate:
         return np.isfinite(self.value) & np.isfinite(self.ci_low) & np.isnan(self.ci_high)
 
     @property
+    def learned(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) that the network learned, as far as is known."""
+        finite = ~np.isinf(self.centre)
+        return finite if self.unlearned is None else finite & ~self.unlearned
+
+    @property
     def surely_hard(self) -> npt.NDArray[np.bool_]:
         """Tasks (K,) that were not learned, or whose value is at least what is stated."""
-        unlearned = False if self.unlearned is None else self.unlearned
-        return np.isinf(self.centre) | self.end_not_seen | unlearned
+        return ~self.learned | self.end_not_seen
 
     @property
     def order(self) -> npt.NDArray[np.int64]:

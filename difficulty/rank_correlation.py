@@ -9,6 +9,7 @@ Infinities are the largest values and tie with one another.
 __all__ = ["agreement_words", "kendall", "spearman", "with_interval"]
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import rankdata
 
 from difficulty.intervals import INTERVAL_LEVEL
@@ -51,8 +52,16 @@ def with_interval(estimate: float, drawn: Array) -> tuple[float, float, float]:
     return estimate, min(float(low), estimate), max(float(high), estimate)
 
 
-def agreement_words(low: float, high: float) -> str:
-    """What the interval of a correlation says: agreement is claimed from 0.7, contradiction below 0."""
-    if low > 0:
-        return "agree" if low > AGREEMENT else "agree in part"
-    return "contradict each other" if high < 0 else "are not shown to agree"
+def agreement_words(low: float, high: float, learned: npt.NDArray[np.bool_]) -> str:
+    """What the interval of a correlation says: agreement is claimed from 0.7, contradiction from -0.7, else a part.
+
+    Args:
+        low, high: the interval.
+        learned: which of the points that it compares were learned on both sides; networks that learned nothing agree.
+    """
+    if learned.sum() <= len(learned) / 2:
+        return "cannot be compared, since most tasks were not learned"
+    if low <= 0 <= high:
+        return "are not shown to agree"
+    said, sure = ("agree", low > AGREEMENT) if low > 0 else ("contradict each other", high < -AGREEMENT)
+    return said if sure else f"{said} in part"

@@ -5,6 +5,7 @@ __all__ = ["GroupRunner", "worker_processes"]
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -66,6 +67,7 @@ def _begin_worker(shared: bytes) -> None:
     global _shared
     # Ctrl-C reaches the workers too; they end without a word and leave the sentence to the parent.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout = sys.stderr  # what the user's functions print; standard output is for the parent's result
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     threadpool_limits(1)

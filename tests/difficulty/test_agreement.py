@@ -15,9 +15,10 @@ from difficulty.commandline import run_cli
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan
+from difficulty.measurement_folder import rank_folder
 from difficulty.process import get_process
 from difficulty.process_file import write_process
-from difficulty.rank_correlation import kendall, spearman
+from difficulty.rank_correlation import agreement_words, kendall, spearman
 from difficulty.records import finish_run, start_run, write_array, write_table
 from difficulty.stability import stability_table
 from difficulty.tasks import make_tasks
@@ -49,8 +50,8 @@ def measured(folder, curves, *, process="vp-linear", grid="t", seeds=(0, 1, 2), 
 
 
 def constant(excess):
-    """Curves that stand at the given excess, one per task."""
-    return [lambda i, e=e: e for e in excess]
+    """Curves that fall to the given excess at once, one per task."""
+    return [lambda i, e=e: e if i else 2 * e for e in excess]
 
 
 def test_correlations_are_those_of_scipy_with_and_without_ties():
@@ -71,6 +72,28 @@ def test_folders_with_the_same_order_agree_and_with_the_reverse_order_contradict
     assert table.loc[("a", "b"), "verdict"] == "agree"
     assert table.loc[("a", "c"), "verdict"] == "contradict each other"
     assert table.loc[("a", "c"), "kendall_high"] < 0
+
+
+def test_experts_that_learned_nothing_are_not_said_to_agree(tmp_path):
+    def compared(stuck):
+        curves = constant(2.0 ** np.arange(8))
+        curves[:stuck] = [lambda i, k=k: 2.0**k for k in range(stuck)]
+        return agreement_table([measured(tmp_path / f"{name}{stuck}", curves) for name in "ab"])
+
+    few, most = compared(3), compared(4)
+    assert set(few["verdict"]) == {"agree"}
+    assert set(most["verdict"]) == {"cannot be compared, since most tasks were not learned"}
+    assert (most["kendall"] == 1).all()
+    text = " ".join(rank_folder(tmp_path / "a4").verdict)
+    assert "excess_nats and log_regret cannot be compared" in text
+
+
+def test_the_words_for_an_interval_of_a_correlation_are_the_same_on_both_sides_of_zero():
+    learned = np.ones(5, dtype=bool)
+    assert [agreement_words(low, low + 0.1, learned) for low in (-0.9, -0.5, -0.15, -0.05, 0.05, 0.6, 0.75)] == [
+        "contradict each other", "contradict each other in part", "contradict each other in part",
+        "are not shown to agree", "agree in part", "agree in part", "agree",
+    ]  # fmt: skip
 
 
 def test_noisy_seeds_widen_the_interval_and_are_compared_with_one_another(tmp_path):
