@@ -295,7 +295,7 @@ def agreement_figure(folder: Path) -> "Figure":
         known = pair.tau is not None
         for a, b in ((pair.first, pair.second), (pair.second, pair.first)):
             tau.loc[a, b] = pair.tau if known else np.nan
-            text.loc[a, b] = f"{pair.tau:+.2f}\n[{pair.ci_low:+.2f}, {pair.ci_high:+.2f}]" if known else "-"
+            text.loc[a, b] = f"{pair.tau:+.2f}\n[{pair.ci_low:+.2f}, {pair.ci_high:+.2f}]" if known else ""
     side = 2.8 + 0.72 * len(names)  # the names, and cells wide enough for an interval
     figure, axes = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
     seaborn.heatmap(
@@ -305,6 +305,9 @@ def agreement_figure(folder: Path) -> "Figure":
     axes.tick_params(axis="x", rotation=45)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
+    if any(pair.tau is None for pair in ranking.kendall_tau):
+        axes.set_facecolor("0.85")
+        axes.set_title("grey: fewer than 3 tasks have a value in both, or one ties them all", loc="left", fontsize=8)
     return figure
 
 

@@ -198,7 +198,7 @@ def rank_tasks(
     verdict = [verdict_on(name, estimates[name], replicates[name], tasks) for name in names]
     verdict += groups(names[0], estimates[names[0]], replicates[names[0]], tasks)
     # Ten measures have 45 pairs; in words only the agreement with the first is said, the file has all.
-    verdict += [_agreement(tau, estimates) for tau in taus if tau.first == names[0]]
+    verdict += _agreement([tau for tau in taus if tau.first == names[0]], estimates)
     return Ranking(
         process=process.fingerprint,
         dataset=dict(dataset),
@@ -262,13 +262,23 @@ def _kendall(
     return TauBetween(first=first, second=second, tau=tau, ci_low=low, ci_high=high, tasks=int(both.sum()))
 
 
-def _agreement(tau: TauBetween, estimates: Mapping[str, Estimate]) -> str:
-    if tau.tau is None or tau.ci_low is None or tau.ci_high is None:
-        return f"{tau.first} and {tau.second}: too few common tasks to compare."
-    pair = [estimates[name] for name in (tau.first, tau.second)]
-    both = ~np.isnan([estimate.centre for estimate in pair]).any(0)
-    learned = np.all([estimate.learned for estimate in pair], axis=0)[both]
-    return (
-        f"{tau.first} and {tau.second} {agreement_words(tau.ci_low, tau.ci_high, learned)} "
-        f"(Kendall tau {tau.tau:+.2f} [{tau.ci_low:+.2f}, {tau.ci_high:+.2f}], {tau.tasks} tasks)."
-    )
+def _agreement(taus: Sequence[TauBetween], estimates: Mapping[str, Estimate]) -> list[str]:
+    """One sentence per pair, and one for all pairs without a tau."""
+    said, unknown = [], []
+    for tau in taus:
+        if tau.tau is None or tau.ci_low is None or tau.ci_high is None:
+            unknown.append(tau.second)
+            continue
+        pair = [estimates[name] for name in (tau.first, tau.second)]
+        both = ~np.isnan([estimate.centre for estimate in pair]).any(0)
+        learned = np.all([estimate.learned for estimate in pair], axis=0)[both]
+        said.append(
+            f"{tau.first} and {tau.second} {agreement_words(tau.ci_low, tau.ci_high, learned)} "
+            f"(Kendall tau {tau.tau:+.2f} [{tau.ci_low:+.2f}, {tau.ci_high:+.2f}], {tau.tasks} tasks)."
+        )
+    if unknown:
+        said.append(
+            f"{taus[0].first} is not compared with {', '.join(unknown)}: fewer than 3 tasks have a value in both, or "
+            "one ties them all."
+        )
+    return said

@@ -254,6 +254,16 @@ def test_two_tasks_are_ranked_and_one_is_not():
         assert said in found.verdict[0]
 
 
+def test_measures_that_cannot_be_compared_are_named_in_one_sentence():
+    value = np.arange(1.0, 11.0)
+    few = estimate(np.where(np.arange(10) < 2, value, np.nan), hardest_if_missing=False)
+    ranking = ranking_of(m=estimate(value), other=estimate(value), few=few, none=few)
+    assert ranking.verdict[-1] == (
+        "m is not compared with few, none: fewer than 3 tasks have a value in both, or one ties them all."
+    )
+    assert "m and other agree" in ranking.verdict[-2]
+
+
 def test_where_the_budget_ended_first_for_all_nothing_is_told_apart():
     value = np.full(10, 100.0)
     bounds = Estimate(
