@@ -29,6 +29,7 @@ from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.estimate import Estimate
 from difficulty.floors import FLOOR_FILE, joint_floor, over_floor, read_floor
+from difficulty.heldout import heldout_rows
 from difficulty.measurement_folder import (
     check_config,
     convergence_estimates,
@@ -82,14 +83,19 @@ class _Side:
         """The same with excesses over a lower floor."""
         if self.floor is None:
             return self
-        losses, probe = (None if t is None else over_floor(t, self.floor, floor) for t in (self.losses, self.probe))
-        return replace(self, losses=losses, probe=probe)
+        samples = self.config["dataset_fingerprint"]["heldout"]["shape"][0]
+        rows = heldout_rows(samples, self.tasks, floor.shape[1])
+        losses, probe = (
+            None if table is None else over_floor(table, self.floor, floor, rows) for table in (self.losses, self.probe)
+        )
+        return replace(self, losses=losses, probe=probe, floor=floor)
 
     def of_seed(self, seed: int) -> "_Side":
         """The experts of one seed alone."""
         assert self.losses is not None
         own = self.losses[self.losses["seed"] == seed]
-        return replace(self, name=f"{self.name} seed {seed}", losses=own, siblings=self.losses)
+        # What is no measure of the experts is the same for every seed, and agrees with itself.
+        return replace(self, name=f"{self.name} seed {seed}", losses=own, siblings=self.losses, entropy=None)
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
@@ -110,11 +116,11 @@ def agreement_table(folders: Sequence[Path], measures: Sequence[str] = ("excess_
 
     Args:
         folders: of `difficulty measure` or `difficulty probe`, all of the same data.
-        measures: names of measures, as in ranking.json.
+        measures: names of measures, as in ranking.json; ``sample_quality`` is not among them.
 
     Returns:
-        Columns ``AGREEMENT_COLUMNS``; ``points`` counts tasks or bins of log-SNR, the correlations are NaN where there
-        are fewer than three or nothing to order.
+        Columns ``AGREEMENT_COLUMNS``; seeds are compared by the measures that depend on them. ``points`` counts tasks
+        or bins of log-SNR; the correlations are NaN where there are fewer than three or nothing to order.
 
     Raises:
         InputError: if a folder is no finished result, the data differ, or a folder lacks a measure.
@@ -127,15 +133,17 @@ def agreement_table(folders: Sequence[Path], measures: Sequence[str] = ("excess_
     for side, own in zip(sides, data, strict=True):
         if own != data[0]:
             raise InputError(f"{sides[0].name} and {side.name} are of different data; compare folders of the same data")
+    for side in sides:
+        for measure in measures:
+            if measure not in side.estimates:
+                raise InputError(f"{side.name} has no measure {measure!r}; it has {', '.join(side.estimates)}")
     rows = []
     for a, b in _pairs(sides):
-        for measure in measures:
-            for side in (a, b):
-                if measure not in side.estimates:
-                    raise InputError(f"{side.name} has no measure {measure!r}; it has {', '.join(side.estimates)}")
-            rows.append(_compare(a, b, measure))
+        rows += [_compare(a, b, measure) for measure in measures if measure in a.estimates]
     if not rows:
-        raise InputError(f"{sides[0].name} has one seed and no other folder to be compared with; give another")
+        raise InputError(
+            f"{sides[0].name} has no two seeds to compare by {' or '.join(measures)}; give another folder as well"
+        )
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
@@ -165,7 +173,8 @@ def rank_over_joint_floor(folder: Path, others: Sequence[Path]) -> Ranking:
     floor = joint_floor(floors)
     if np.array_equal(floor, own.floor):
         return rank_folder(folder)  # nobody knows better
-    losses, budget = over_floor(own.losses, own.floor, floor), own.config["plan"]["budget"]
+    losses, budget = own.over(floor).losses, own.config["plan"]["budget"]
+    assert losses is not None
     run = read_run(folder)
     # Were it interrupted, tables over different floors would stand beside each other.
     write_json(folder / "run.json", run | {"status": "ranking over another floor"})
@@ -251,7 +260,11 @@ def _compare(a: _Side, b: _Side, measure: str) -> dict[str, Any]:
         estimate = side.estimates[measure]
         shares = np.eye(len(side.tasks)) if edges is None else _shares(side, edges)
         values.append(_means(shares, estimate.centre))
-        drawn.append(_means(shares, estimate.replicates(REPLICATES, stream(0, index))))
+        replicates = estimate.replicates(REPLICATES, stream(0, index))
+        if estimate.log and not same:  # a mean of values, not of their logarithms
+            with np.errstate(over="ignore"):
+                replicates = np.exp(replicates)
+        drawn.append(_means(shares, replicates))
         learned = learned & ~(~estimate.learned @ (shares.T > 0))  # of a bin, every task in it
     both = ~(np.isnan(values[0]) | np.isnan(values[1]))
     row: dict[str, Any] = {

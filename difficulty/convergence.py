@@ -25,7 +25,7 @@ second error alone.
 
 A value that is only a bound is censored, and its interval is open on the side where the truth may be: above where the
 budget ended before the fall did (rates, area), below where the fall was over at the first checkpoint (rates) or where
-the excess is below its own error (excess, log-regret, power law).
+the excess is below its own error: at the budget (excess, log-regret), or anywhere in the second half (power law).
 """
 
 __all__ = ["CONVERGENCE_COLUMNS", "DEFINITIONS", "convergence_table", "paper_style", "summary_over_seeds"]
@@ -142,7 +142,8 @@ def _end_not_seen(remaining: Array) -> npt.NDArray[np.bool_]:
 def _iterations_to_fall(curves: LearningCurves, remaining: Array) -> SeedValues:
     """First crossing of 10 % remaining, interpolated in log iteration.
 
-    The budget, a lower bound, where there is none before; the first checkpoint, an upper bound, where it lies below.
+    A lower bound where there is none before the last checkpoint, which is the budget; the first checkpoint, an upper
+    bound, where it lies below.
     """
     crossing = _crossing(remaining)
     log_iterations = np.log(curves.iterations[1:])
@@ -175,10 +176,13 @@ def _rate(
 def normalised_area(curves: LearningCurves) -> SeedValues:
     """Mean over log-spaced iterations of the share of the fall that is still to come.
 
-    A lower bound where the budget ends before 90 % of the way to the floor: the rest was still to come as well.
+    A lower bound where the budget ends before 90 % of the way to the floor, or with less than that after a rise: the
+    rest was still to come as well.
     """
     value = _remaining(curves)[..., 1:].mean(-1)
-    return _rate(curves, value, _end_not_seen(_above_floor(curves)), _never(curves), "share of the fall", log=False)
+    above = _above_floor(curves)
+    at_least = _end_not_seen(above) | ~(above[..., -1] <= 1 - PAPER_FALL).all(0)
+    return _rate(curves, value, at_least, _never(curves), "share of the fall", log=False)
 
 
 def exponential(curves: LearningCurves) -> SeedValues:

@@ -141,11 +141,13 @@ def load_dataset(spec: "str | Path | Dataset", resident: int | None = None) -> D
             there are more, ``large`` has all of them.
 
     Raises:
-        InputError: if the name is unknown, the data cannot be used, or ``resident`` is negative.
+        InputError: if the name is unknown, the data cannot be used or are not float32, or ``resident`` is negative.
     """
     if resident is not None and resident < 0:
         raise InputError(f"the number of samples that are kept in memory must not be negative, got {resident}")
     if isinstance(spec, Dataset):
+        if spec.train.dtype != torch.float32 or spec.heldout.dtype != torch.float32:
+            raise InputError(f"the samples of {spec.name} are {spec.train.dtype}; convert them by .float()")
         return spec
     text = str(spec)
     rows = open_large(text)

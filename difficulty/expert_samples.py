@@ -169,7 +169,8 @@ def quality_estimates(table: pd.DataFrame, budget: int, tasks: int) -> dict[str,
     return {
         "sample_quality": Estimate(
             unit="iterations",
-            value=value,
+            # That a value is missing says nothing here, but an expert that diverged is hardest.
+            value=np.where(curves.diverged, np.inf, value),
             ci_low=low,
             ci_high=high,
             log=True,

@@ -47,7 +47,7 @@ from difficulty.expert_crew import (
     build_expert,
 )
 from difficulty.expert_plan import ExpertPlan
-from difficulty.heldout import check_draws
+from difficulty.heldout import check_draws, heldout_rows
 from difficulty.process import Process
 from difficulty.ranks import Ranks, helpers, launched_ranks
 from difficulty.tasks import Task
@@ -68,6 +68,7 @@ class ExpertCurves:
         floor_is_exact: whether that is the posterior mean of an exact law.
         engine: how the experts were trained; None for curves from elsewhere.
         zero_excess: the excess per draw of the network that outputs zero, (K, M); None without an exact law.
+        rows: which held-out sample each draw takes, (K, M); None where each has one of its own.
     """
 
     iterations: list[int]
@@ -78,6 +79,7 @@ class ExpertCurves:
     floor_is_exact: bool
     engine: EngineChoice | None = None
     zero_excess: npt.NDArray[np.float32] | None = None
+    rows: npt.NDArray[np.int64] | None = None
 
 
 def train_experts(
@@ -289,6 +291,7 @@ class _Training:
             exact,
             self.choice,
             np.stack([one.zero_excess for one in first]) if exact else None,  # type: ignore[misc]
+            heldout_rows(len(self.dataset.heldout), self.tasks, self.plan.heldout_draws),
         )
 
 

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from difficulty.errors import InputError
+from difficulty.heldout import standard_error
 from difficulty.process import Array
 from difficulty.records import read_array
 
@@ -52,16 +54,17 @@ def joint_floor(floors: Sequence[Array]) -> Array:
     return stacked[means.argmin(0), np.arange(stacked.shape[1])]
 
 
-def over_floor(table: pd.DataFrame, own: Array, floor: Array) -> pd.DataFrame:
+def over_floor(table: pd.DataFrame, own: Array, floor: Array, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
     """A table of losses per task with its excess over another floor.
 
     Args:
         table: losses.csv or probe.csv, with the columns task, heldout_loss, floor, excess_nats, excess_se.
         own: floor per draw that the table's excess refers to, (K, M).
         floor: the lower floor, (K, M).
+        rows: which held-out sample each draw takes, (K, M).
     """
     task = table["task"].to_numpy()
-    between = 0.5 * (own - floor).std(1, ddof=1) / np.sqrt(own.shape[1])
+    between = np.stack([standard_error(0.5 * (own[k] - floor[k]), rows[k]) for k in range(len(own))])
     # A probed model below its floor is itself the best that its folder knows.
     own_se = table["excess_se"].where(table["excess_nats"] > 0, 0.0)
     return table.assign(

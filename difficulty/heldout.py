@@ -5,7 +5,10 @@ same whatever other tasks there are. On them stand the floor, the loss of the be
 loss of the network that outputs zero.
 """
 
-__all__ = ["Floors", "HeldOutDraws", "check_draws", "heldout_draws", "posterior_eps_at", "task_draws", "zero_losses"]
+__all__ = [
+    "Floors", "HeldOutDraws", "check_draws", "heldout_draws", "heldout_rows", "posterior_eps_at", "standard_error",
+    "task_draws", "zero_losses",
+]  # fmt: skip
 
 import functools
 import math
@@ -22,7 +25,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.devices import free_bytes, full_precision
 from difficulty.errors import InputError
 from difficulty.laws import Law
-from difficulty.process import Process
+from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
 from difficulty.tasks import Task
 from difficulty.wiener import Wiener
@@ -55,14 +58,42 @@ def task_draws(dataset: Dataset, task: Task, count: int) -> HeldOutDraws:
     The same for every network, prediction and training seed, on every machine.
     """
     rng = stream(HELDOUT_STREAM, task.first, task.last)
-    rounds = math.ceil(count / len(dataset.heldout))
-    rows = np.concatenate([rng.permutation(len(dataset.heldout)) for _ in range(rounds)])[:count]
+    rows = _dealt(rng, len(dataset.heldout), count)
     strata = (rng.permutation(count) + 0.5) / count
     return HeldOutDraws(
         dataset.heldout[torch.from_numpy(rows)],
         normal((count, *dataset.shape), HELDOUT_STREAM, task.first, task.last, 1),
         torch.from_numpy(task.first + np.floor(strata * task.length).astype(np.int64)),
     )
+
+
+def heldout_rows(samples: int, tasks: Sequence[Task], count: int) -> npt.NDArray[np.int64]:
+    """Which of so many held-out samples the fixed draws of tasks take, (K, count)."""
+    return np.stack([_dealt(stream(HELDOUT_STREAM, task.first, task.last), samples, count) for task in tasks])
+
+
+def _dealt(rng: np.random.Generator, samples: int, count: int) -> npt.NDArray[np.int64]:
+    """All samples in turn, in another order every time."""
+    rounds = math.ceil(count / samples)
+    return np.concatenate([rng.permutation(samples) for _ in range(rounds)])[:count]
+
+
+def standard_error(values: Array, rows: npt.NDArray[np.int64]) -> Array:
+    """Standard error of the mean of values (..., M) over M draws, of which those of one held-out sample hang together.
+
+    With residuals summed over the draws of each of the G samples, sqrt(G / (G - 1) sum_g r_g^2) / M (Liang and Zeger
+    1986, Biometrika 73, p. 13); where every draw has a sample of its own that is the usual one.
+
+    Args:
+        values: NaN or infinite ones make the error NaN.
+        rows: the sample of each draw, (M,).
+    """
+    order = np.argsort(rows, kind="stable")
+    first = np.flatnonzero(np.diff(rows[order], prepend=-1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        residual = (values - values.mean(-1, keepdims=True))[..., order]
+        squares = np.add.reduceat(residual, first, axis=-1) ** 2
+        return np.asarray(np.sqrt(len(first) / (len(first) - 1) * squares.sum(-1)) / len(rows))
 
 
 def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOutDraws:
@@ -72,7 +103,9 @@ def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOu
 
 
 def check_draws(dataset: Dataset, tasks: int, count: int) -> None:
-    """Raise InputError if the draws of so many tasks do not fit in memory."""
+    """Raise InputError if the draws of so many tasks do not fit in memory, or have no standard error."""
+    if len(dataset.heldout) < 2:
+        raise InputError(f"{dataset.name} has one held-out sample; a standard error needs at least 2")
     # Data and noise, and what is known of them.
     each = (3 if dataset.law else 2) * tasks * dataset.dim * torch.float32.itemsize
     room = int(DRAWS_SHARE * free_bytes(torch.device("cpu")))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from difficulty.experts import ExpertCurves
+from difficulty.heldout import standard_error
 from difficulty.process import Array
 from difficulty.records import check_columns
 
@@ -40,16 +41,16 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
         error over draws, floor_kind is exact or upper_bound, zero_loss is that of the network that outputs zero. For an
         exact law one more, ``ZERO_EXCESS``: the excess of that network, as free of the floor's noise as the experts'.
     """
-    floor = curves.floor.mean(1)
-    if curves.excess is not None:
-        excess_draws = 0.5 * curves.excess.astype(np.float64)
-    else:
-        best = best_known(curves)
-        floor = best.mean(1)
-        excess_draws = 0.5 * (curves.losses.astype(np.float64) - best[:, None])
     S, K, C, M = curves.losses.shape
-    with np.errstate(invalid="ignore", over="ignore"):  # an expert that diverged
-        excess_se = excess_draws.std(-1, ddof=1) / np.sqrt(M)
+    best = curves.floor if curves.excess is not None else best_known(curves)
+    floor, rows = best.mean(1), np.tile(np.arange(M), (K, 1)) if curves.rows is None else curves.rows
+    excess, excess_se = np.empty((S, K, C)), np.empty((S, K, C))
+    for task in range(K):  # one at a time: in double precision all might not fit in memory
+        if curves.excess is not None:
+            draws = 0.5 * curves.excess[:, task].astype(np.float64)
+        else:
+            draws = 0.5 * (curves.losses[:, task].astype(np.float64) - best[task])
+        excess[:, task], excess_se[:, task] = draws.mean(-1), standard_error(draws, rows[task])
     s, k, c = (a.ravel() for a in np.meshgrid(np.arange(S), np.arange(K), np.arange(C), indexing="ij"))
     iterations = np.asarray(curves.iterations)
     table = pd.DataFrame(
@@ -62,7 +63,7 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
             "floor": floor[k],
             "floor_kind": "exact" if curves.floor_is_exact else "upper_bound",
             "zero_loss": curves.zero.mean(1, dtype=np.float64)[k],
-            "excess_nats": excess_draws.mean(-1).ravel(),
+            "excess_nats": excess.ravel(),
             "excess_se": excess_se.ravel(),
         },
         columns=list(LOSS_COLUMNS),
@@ -75,12 +76,14 @@ def loss_table(curves: ExpertCurves, seeds: Sequence[int], batch: int) -> pd.Dat
 def best_known(curves: ExpertCurves) -> npt.NDArray[np.float64]:
     """Losses per draw (K, M) of the denoiser with the least mean loss of each task: every expert at every checkpoint,
     and the one known beforehand."""
-    S, K, C, M = curves.losses.shape
-    experts = curves.losses.transpose(1, 0, 2, 3).reshape(K, S * C, M).astype(np.float64)
-    candidates = np.concatenate([experts, curves.floor[:, None]], axis=1)
-    # A diverged expert is no candidate; NaN would win argmin.
-    means = np.nan_to_num(candidates.mean(-1), nan=np.inf)
-    return candidates[np.arange(K), means.argmin(1)]
+    best = curves.floor.astype(np.float64)
+    for task, known in enumerate(best):
+        experts = curves.losses[:, task].reshape(-1, len(known))
+        # A diverged expert is no candidate; NaN would win argmin.
+        means = np.nan_to_num(experts.mean(-1, dtype=np.float64), nan=np.inf)
+        if means.min() <= known.mean():
+            best[task] = experts[means.argmin()]
+    return best
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,8 @@ def measure(
     ranks = launched_ranks()
     # Chosen here only so that what does not fit is refused before anything is written.
     watched = SAMPLE_QUALITY in measures
-    ranks.on_first(lambda: choose_expert_engine(dataset, process, cut, plan, processes, watched=watched))
+    if _measure_experts in stages:
+        ranks.on_first(lambda: choose_expert_engine(dataset, process, cut, plan, processes, watched=watched))
     choose("estimator", estimator, ESTIMATORS)
     config = {
         "data": dataset.name,

@@ -56,9 +56,13 @@ class _ProcessFacts(_Digest):
     T: int
 
 
+class _HeldOutFacts(_Digest):
+    shape: list[int] = Field(min_length=2)
+
+
 class _DataFacts(_Facts):
     train: _Digest
-    heldout: _Digest
+    heldout: _HeldOutFacts
 
 
 class _ProbeFacts(_Facts):

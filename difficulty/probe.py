@@ -36,9 +36,10 @@ from difficulty.devices import full_precision, same_to_rounding
 from difficulty.errors import InputError, first_line
 from difficulty.estimate import Estimate
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
-from difficulty.heldout import Floors, HeldOutDraws, check_draws, task_draws
+from difficulty.heldout import Floors, HeldOutDraws, check_draws, heldout_rows, standard_error, task_draws
 from difficulty.intervals import Z90
 from difficulty.latents import autoencoder_of, check_posterior, latent_dataset
+from difficulty.measurement_folder import check_config
 from difficulty.models import TrainedModel, load_model
 from difficulty.process import Array, Process, get_process
 from difficulty.process_file import write_process
@@ -175,7 +176,7 @@ class Prober:
     ) -> None:
         if draws < 2:
             raise InputError(f"draws must be at least 2, got {draws}")
-        check_draws(dataset, 1, draws)
+        check_draws(dataset, tasks if dataset.law else 1, draws)  # of an exact law the posterior of all is kept
         self.dataset, self.process, self.draws = dataset, process, draws
         self.tasks = make_tasks(process, tasks, grid)
         best = None if floor_from is None else _experts_floor(floor_from, dataset, process, self.tasks, draws)
@@ -243,15 +244,18 @@ class Prober:
         losses, distance = found
         # Paired draw by draw: the noise that both share cancels.
         excess = 0.5 * (distance if self.exact else losses - self.floor)
-        root = np.sqrt(self.draws)
-        mean, se = excess.mean(1), excess.std(1, ddof=1) / root
-        gain = self.linear - losses
+        gain, mean = self.linear - losses, excess.mean(1)
+        rows = heldout_rows(len(self.dataset.heldout), self.tasks, self.draws)
+        se, loss_se, gain_se = (
+            np.stack([standard_error(own, row) for own, row in zip(values, rows, strict=True)])
+            for values in (excess, losses, gain)
+        )
         columns = {
             "task": np.arange(len(self.tasks)),
             "t_first": [task.first for task in self.tasks],
             "t_last": [task.last for task in self.tasks],
             "heldout_loss": losses.mean(1),
-            "heldout_se": losses.std(1, ddof=1) / root,
+            "heldout_se": loss_se,
             "floor": self.floor.mean(1),
             "floor_kind": self.floor_kind,
             "excess_nats": mean,
@@ -259,7 +263,7 @@ class Prober:
             "ci_low": mean - Z90 * se,
             "ci_high": mean + Z90 * se,
             "linear_loss": self.linear.mean(1),
-            "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain.std(1, ddof=1) / root, self.noticed)),
+            "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain_se, self.noticed)),
         }
         return pd.DataFrame(columns, columns=list(PROBE_COLUMNS))
 
@@ -369,9 +373,9 @@ def _experts_floor(folder: Path, dataset: Dataset, process: Process, tasks: list
     """Best known loss (K, M) of a measurement on the same draws."""
     if dataset.law is not None:
         raise InputError(f"the Bayes loss of {dataset.name} is known exactly; leave the floor of {folder} out")
-    run = read_run(folder, "measure")
-    process.check_fingerprint(run["config"]["process_fingerprint"], str(folder))
-    if run["config"]["dataset_fingerprint"] != dataset.fingerprint:
+    config = check_config(read_run(folder, "measure"), folder)
+    process.check_fingerprint(config["process_fingerprint"], str(folder))
+    if config["dataset_fingerprint"] != dataset.fingerprint:
         raise InputError(f"{folder} was measured on other data; measure {dataset.name} first")
     recorded = [(task.t_first, task.t_last) for task in Ranking.load(folder).tasks]
     if recorded != [(task.first, task.last) for task in tasks]:

@@ -1,6 +1,6 @@
 """process.csv: the scales of a process, so that a results folder can be used where the process has no name.
 
-Columns t, alpha, sigma, log_snr for t = 1..T, 10 significant digits.
+Columns t, alpha, sigma, log_snr for t = 1..T, with all digits of a double: a task may begin exactly at a timestep.
 """
 
 __all__ = ["read_process", "write_process"]
@@ -20,7 +20,7 @@ def write_process(folder: Path, process: Process) -> None:
     """Write process.csv into a results folder."""
     t = np.arange(1, process.T + 1)
     scales = {"t": t, "alpha": process.alpha[1:], "sigma": process.sigma[1:], "log_snr": process.log_snr(t)}
-    write_table(folder / "process.csv", pd.DataFrame(scales))
+    write_table(folder / "process.csv", pd.DataFrame(scales), digits=17)
 
 
 def read_process(folder: Path, fingerprint: Mapping[str, Any]) -> Process:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from difficulty.datasets import Dataset
 from difficulty.denoiser import Denoiser
+from difficulty.heldout import standard_error
 from difficulty.prediction import eps_loss_factor
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
@@ -68,7 +69,7 @@ class HeldOut:
         lengths = [task.t_last - task.t_first + 1 for task in tasks]
         t = np.concatenate([task.t_first + np.floor(spread * n) for task, n in zip(tasks, lengths, strict=True)])
         rows = stream(HELDOUT_SEED, HELDOUT, 0, 0).integers(0, len(data.heldout), count)
-        self.x0 = data.heldout[torch.from_numpy(rows)]
+        self.rows, self.x0 = rows, data.heldout[torch.from_numpy(rows)]
         self.eps = normal(tuple(self.x0.shape), HELDOUT_SEED, HELDOUT, 1, 0)
         self.t = torch.from_numpy(t.astype(np.int64))
         self.condition = conditioning.heldout(torch.from_numpy(rows)) if conditioning else None
@@ -113,7 +114,8 @@ class HeldOut:
         """Standard error of ``measured.nats`` over the draws of (x0, eps), tasks taken apart."""
         terms = 0.5 * measured.per_draw.reshape(len(self.tasks), -1) * self.log_snr_of_draw
         terms = np.where(np.isfinite(terms), terms, 0.0)
-        return float(np.sqrt((self.per_task * terms.var(1, ddof=1)).sum()))
+        apart = (terms - terms.mean(1, keepdims=True)).ravel()
+        return float(len(apart) * standard_error(apart, self.rows))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def measured(folder, curves, *, process="vp-linear", grid="t", seeds=(0, 1, 2), 
     config = {
         "data": data, "process": process, "tasks": len(curves), "grid": grid, "measures": ["convergence"],
         "plan": asdict(ExpertPlan(seeds=seeds, budget=BUDGET, heldout_draws=DRAWS)), "estimator": "auto",
-        "dataset_fingerprint": {"train": {"sha256": data}, "heldout": {"sha256": data}},
+        "dataset_fingerprint": {"train": {"sha256": data}, "heldout": {"sha256": data, "shape": [DRAWS, 2]}},
         "process_fingerprint": forward.fingerprint,
     }  # fmt: skip
     run = start_run(folder, "measure", config)
@@ -86,6 +86,29 @@ def test_experts_that_learned_nothing_are_not_said_to_agree(tmp_path):
     assert (most["kendall"] == 1).all()
     text = " ".join(rank_folder(tmp_path / "a4").verdict)
     assert "excess_nats and log_regret cannot be compared" in text
+
+
+def test_bins_of_log_snr_take_means_of_values_and_not_of_their_logarithms(tmp_path):
+    # Pairs of unlike tasks with the means 10, 20, 30, 40: their geometric means have another order.
+    halves = [(10, 10), (1, 39), (30, 30), (2, 78)]
+    options = {"process": "ve:T=800", "noise": 0.02}
+    coarse = measured(tmp_path / "coarse", constant([10.0, 20.0, 30.0, 40.0]), **options)
+    fine = measured(tmp_path / "fine", constant([float(x) for pair in halves for x in pair]), **options)
+    row = agreement_table([coarse, fine]).iloc[0]
+    assert (row["axis"], row["kendall"], row["verdict"]) == ("log-SNR", 1, "agree")
+
+
+def test_seeds_are_not_compared_by_what_does_not_depend_on_them(tmp_path):
+    folder = measured(tmp_path / "a", constant([1.0, 2.0, 4.0, 8.0]))
+    t = np.arange(2, 1001)
+    entropy = dict.fromkeys(("log_snr", "ci_low", "ci_high", "per_dlogsnr2"), 1.0) | {"kl": t * 1.0}
+    write_table(folder / "relative_entropy.csv", pd.DataFrame({"t": t, **entropy, "valid": True}))
+    run = json.loads((folder / "run.json").read_text())
+    run["config"]["measures"].append("relative-entropy")
+    (folder / "run.json").write_text(json.dumps(run))
+    assert set(agreement_table([folder], ["excess_nats", "relative_entropy"])["measure"]) == {"excess_nats"}
+    with pytest.raises(InputError, match="has no two seeds to compare by relative_entropy"):
+        agreement_table([folder], ["relative_entropy"])
 
 
 def test_the_words_for_an_interval_of_a_correlation_are_the_same_on_both_sides_of_zero():
@@ -156,7 +179,7 @@ def test_folders_that_do_not_compare_are_refused(tmp_path):
         agreement_table([a, measured(tmp_path / "b", constant([1.0, 2.0, 3.0]), data="b")])
     with pytest.raises(InputError, match="no measure 'fid'; it has excess_nats"):
         agreement_table([a], ["fid"])
-    with pytest.raises(InputError, match="has one seed"):
+    with pytest.raises(InputError, match="has no two seeds to compare by excess_nats"):
         agreement_table([measured(tmp_path / "one", constant([1.0, 2.0, 3.0]), seeds=(0,))])
     with pytest.raises(InputError, match="no best known floor"):
         rank_over_joint_floor(a, [a])

@@ -1,5 +1,7 @@
 """Definitions of convergence on learning curves whose answers are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from learning_curves import BUDGET, FLOOR, ITERATIONS, exponential, losses_of
@@ -9,6 +11,7 @@ from difficulty.convergence import _seed_variance, convergence_table
 from difficulty.errors import InputError
 from difficulty.expert_plan import log_spaced_iterations
 from difficulty.experts import ExpertCurves
+from difficulty.heldout import standard_error
 from difficulty.losses import loss_table
 
 
@@ -98,6 +101,24 @@ def curves_of(losses, floor, excess=None):
     iterations = list(range(losses.shape[2]))
     zero = losses[0, :, 0].astype(np.float32)
     return ExpertCurves(iterations, losses.astype(np.float32), excess, floor, zero, excess is not None)
+
+
+def test_draws_of_one_held_out_sample_do_not_count_as_independent():
+    rng = np.random.default_rng(0)
+    rows = np.tile(np.arange(40), 5)[:190]  # 190 draws of 40 samples
+    found, means = [], []
+    for _ in range(2000):
+        values = 3.0 + rng.standard_normal(40)[rows] + 0.1 * rng.standard_normal(190)
+        found.append(standard_error(values, rows))
+        means.append(values.mean())
+    np.testing.assert_allclose(np.median(found), np.std(means), rtol=0.06)
+    values = rng.standard_normal((3, 50))
+    usual = values.std(-1, ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(standard_error(values, rng.permutation(50)), usual)
+    tied = replace(curves_of(5 + rng.random((2, 1, 3, 50)), np.full((1, 50), 4.0)), rows=np.arange(50)[None] // 10)
+    apart = replace(tied, rows=None)
+    errors = [loss_table(one, seeds=(0, 1), batch=4)["excess_se"].to_numpy() for one in (tied, apart)]
+    assert not np.allclose(*errors)
 
 
 def test_the_best_known_floor_is_the_least_mean_loss_of_anyone_on_the_same_draws():
@@ -249,6 +270,16 @@ def test_the_area_of_a_fall_that_goes_on_at_the_budget_is_a_lower_bound():
     assert rows["censored"].tolist() == [False, True]
     assert rows["ci_high"].isna().tolist() == [False, True]
     assert rows["ci_low"].notna().all()
+
+
+def test_the_area_of_a_fall_that_is_lost_again_is_a_lower_bound():
+    def lost(i):
+        return np.exp(-i / 30) + 0.5 * (i == BUDGET)
+
+    table = convergence_table(losses_of([exponential(100), lost], range(3), noise=0.05), BUDGET)
+    rows = table[table["definition"] == "normalised_area"]
+    assert rows["censored"].tolist() == [False, True]
+    assert np.isnan(rows["ci_high"].iloc[1])
 
 
 def test_the_power_law_of_an_excess_that_falls_below_its_error_is_an_upper_bound():

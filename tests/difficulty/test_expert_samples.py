@@ -153,4 +153,6 @@ def test_a_diverged_expert_is_flagged_and_has_no_place_among_the_quick_ones():
     assert np.isinf(judge.table[(judge.table["seed"] == 0) & (judge.table["iteration"] == 20)]["value"]).all()
     found = quality_estimates(judge.table, 20, len(TASKS))["sample_quality"]
     assert found.flagged.all()
-    assert np.isnan(found.value).all()
+    assert not found.learned.any()
+    curves = [lambda i: np.exp(-i / 100), lambda i: np.exp(-i / 30) if i < 30 else np.inf, lambda i: np.exp(-i / 30)]
+    assert quality_estimates(quality_of(curves), 1000, 3)["sample_quality"].order.tolist() == [2, 0, 1]

@@ -5,6 +5,7 @@ import pytest
 
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
+from difficulty.process_file import read_process, write_process
 from difficulty.tasks import GRIDS, make_tasks, runs, task_of_t
 
 
@@ -54,3 +55,14 @@ def test_pure_noise_joins_the_last_task(grid):
 def test_runs_join_consecutive_numbers_only():
     assert runs([7, 1, 2, 3, 9]) == [(1, 3), (7, 7), (9, 9)]
     assert runs([]) == []
+
+
+@pytest.mark.parametrize("name", ["ve", "ve:T=101", "vp-linear", "edm", "flow-matching"])
+def test_the_process_of_a_folder_cuts_the_tasks_that_were_trained(tmp_path, name):
+    process = get_process(name)
+    write_process(tmp_path, process)
+    again = read_process(tmp_path, process.fingerprint)
+    np.testing.assert_array_equal(again.sigma, process.sigma)
+    for count in range(1, 31):
+        # Under `ve` log-SNR is linear in t, and borders fall on timesteps.
+        assert make_tasks(again, count, "log-snr") == make_tasks(process, count, "log-snr")
