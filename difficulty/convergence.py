@@ -49,7 +49,7 @@ PRIOR_DEGREES, LEAST_PRIOR = 4.0, 0.5
 PAPER_FALL = 0.9
 CONVERGENCE_COLUMNS: Mapping[str, type] = {
     "task": int, "definition": str, "value": float, "ci_low": float, "ci_high": float, "scale": str, "censored": bool,
-    "unit": str,
+    "unit": str, "degrees": float,
 }  # fmt: skip
 
 
@@ -254,10 +254,10 @@ def convergence_table(losses: pd.DataFrame, budget: int, siblings: pd.DataFrame 
 
     Returns:
         Columns task, definition, value, ci_low, ci_high, scale (log or linear: where the interval is symmetric),
-        censored, unit. A task one of whose experts diverged has no value; one of whose experts is stuck has no
-        paper-style value; both are censored, and so is a value that is only a bound. Bounds of an interval are NaN
-        where they are not known: both of a single seed without siblings, the open one of a bound. A lower bound of a
-        single seed is its own lower end.
+        censored, unit, degrees (of freedom of the errors between seeds). A task one of whose experts diverged has no
+        value; one of whose experts is stuck has no paper-style value; both are censored, and so is a value that is only
+        a bound. Bounds of an interval are NaN where they are not known: both of a single seed without siblings, the
+        open one of a bound. A lower bound of a single seed is its own lower end.
 
     Raises:
         InputError: if a column is missing.
@@ -295,6 +295,7 @@ def summary_over_seeds(name: str, values: SeedValues, curves: LearningCurves, si
             "scale": "log" if values.log else "linear",
             "censored": values.at_least | values.at_most | curves.diverged | curves.stuck,
             "unit": values.unit,
+            "degrees": degrees,
         }
     )
     if np.isnan(half).all():  # of a single seed what is at least so much is so nevertheless

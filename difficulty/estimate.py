@@ -26,6 +26,7 @@ class Estimate:
         note: for the reader.
         unlearned: (K,), flagged because the network did not learn the task: the value is how far it is from that, and
             may be large or small, but says nothing of how easy the task is. None means no task.
+        degrees: of freedom with which the errors of the values are known, as from a handful of seeds.
     """
 
     unit: str
@@ -37,6 +38,7 @@ class Estimate:
     hardest_if_missing: bool
     note: str = ""
     unlearned: npt.NDArray[np.bool_] | None = None
+    degrees: float = np.inf
 
     @property
     def centre(self) -> Array:
@@ -65,6 +67,39 @@ class Estimate:
         ranked = np.flatnonzero(~np.isnan(self.centre))
         return ranked[np.argsort(self.centre[ranked], kind="stable")]
 
+    @property
+    def surely_beyond(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) that are beyond all others: missing as hardest, or lower bounds that no other value may exceed."""
+        others = np.where(self.of_unknown_error, np.inf, self.value)[np.isfinite(self.value) & ~self.end_not_seen]
+        return np.isinf(self.centre) | (self.end_not_seen & (self.centre >= others.max(initial=-np.inf)))
+
+    @property
+    def of_unknown_error(self) -> npt.NDArray[np.bool_]:
+        """Tasks (K,) with a value and no interval at all."""
+        centre, sides = self._sides
+        return np.isfinite(centre) & ~np.isfinite(sides).any(0)
+
+    @property
+    def scaled(self) -> tuple[Array, Array]:
+        """Value and half the width of its interval, each (K,), on the interval's own scale.
+
+        An interval that is open on one side counts as symmetric; a value without one may be any.
+        """
+        centre, sides = self._sides
+        known = np.isfinite(sides)
+        half = np.where(known, sides, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+        if self.of_unknown_error.any():
+            half[self.of_unknown_error] = 1e6 * (1.0 + np.ptp(centre[np.isfinite(centre)]))
+        return centre, half
+
+    @property
+    def _sides(self) -> tuple[Array, Array]:
+        """Value (K,) and the parts (2, K) of its interval below and above it, on the interval's own scale."""
+        to_scale = np.log if self.log else np.asarray
+        with np.errstate(invalid="ignore", divide="ignore"):
+            centre, low, high = (to_scale(a) for a in (self.value, self.ci_low, self.ci_high))
+            return centre, np.stack([centre - low, high - centre])
+
     def replicates(self, count: int, rng: np.random.Generator) -> Array:
         """Values (count, K) as they might have come out: normal about the value on the interval's own scale.
 
@@ -72,17 +107,8 @@ class Estimate:
         +inf as well if no task whose end was seen has more; if one has, half the time. A value without an interval may
         be any.
         """
-        to_scale = np.log if self.log else np.asarray
-        with np.errstate(invalid="ignore", divide="ignore"):
-            centre, low, high = (to_scale(a) for a in (self.value, self.ci_low, self.ci_high))
-        sides = np.stack([centre - low, high - centre])
-        known = np.isfinite(sides)
-        sd = np.where(known, sides, 0.0).sum(0) / np.maximum(known.sum(0), 1) / Z90
-        anywhere = np.isfinite(centre) & ~known.any(0)
-        if anywhere.any():
-            sd[anywhere] = 1e6 * (1.0 + np.ptp(centre[np.isfinite(centre)]))
-        drawn = centre + sd * rng.standard_normal((count, len(centre)))
-        seen = centre[np.isfinite(centre) & ~self.end_not_seen]
-        beyond = (centre >= seen.max(initial=-np.inf)) | (rng.random((count, 1)) < 0.5)
-        drawn = np.where(self.end_not_seen & beyond, np.inf, drawn)
+        centre, half = self.scaled
+        drawn = centre + half / Z90 * rng.standard_normal((count, len(centre)))
+        beyond = self.surely_beyond | (self.end_not_seen & (rng.random((count, 1)) < 0.5))
+        drawn = np.where(beyond, np.inf, drawn)
         return np.where(np.isnan(centre), np.inf if self.hardest_if_missing else np.nan, drawn)

@@ -119,7 +119,8 @@ def train_experts(
     choice = ranks.on_first(
         lambda: choose_expert_engine(dataset, process, tasks, plan, processes, watched=watched)
     )
-    training = _Training(dataset, process, tuple(tasks), plan, choice, resume_from)
+    # Experts see whole timesteps only, and a closed form may be a lambda, which no other process could be handed.
+    training = _Training(dataset, replace(process, closed_form=None), tuple(tasks), plan, choice, resume_from)
     if ranks.world == 1 and choice.processes > 1:
         with helpers(choice.processes, training) as team:
             curves = training.run(team, progress)

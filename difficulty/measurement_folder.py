@@ -39,6 +39,7 @@ ENTROPY_MEASURES: Mapping[str, tuple[str, str, str]] = {
     "relative_entropy": ("kl", "nats per step", "mean KL(p_{t-1} || p_t) over the task; depends on the schedule"),
     "relative_entropy_per_dlogsnr2": ("per_dlogsnr2", "nats per (d log-SNR)^2", "the same, free of the step length"),
 }
+RESOLVED = 1e-24  # nats per (d log-SNR)^2: less is zero up to rounding
 ENTROPY_COLUMNS: Mapping[str, type] = {
     "t": int, "log_snr": float, "kl": float, "ci_low": float, "ci_high": float, "per_dlogsnr2": float, "valid": bool,
 }  # fmt: skip
@@ -244,6 +245,7 @@ def convergence_estimates(table: pd.DataFrame, tasks: int, floor_note: str = "")
             hardest_if_missing=True,
             note=floor_note if name in OVER_THE_FLOOR else "",
             unlearned=unlearned,
+            degrees=float(part["degrees"].iloc[0]),
         )
     return estimates
 
@@ -254,9 +256,12 @@ def relative_entropy_estimates(table: pd.DataFrame, tasks: Sequence[Task]) -> di
     The errors of neighbouring pairs come from the same fit and are taken as fully correlated: the interval of the mean
     is the mean of the intervals, which is the widest it can be.
     """
-    table = table[table["valid"]]
+    table = table[table["valid"]].copy()
+    # Sums of squares of what should cancel, each good to 1e-16 of its parts.
+    rounding = table["per_dlogsnr2"] < RESOLVED
     # d log-SNR squared of a pair, to carry the interval of kl over to kl per (d log-SNR)^2.
-    step = table["kl"] / table["per_dlogsnr2"]
+    step = (table["kl"] / table["per_dlogsnr2"]).where(~rounding, 1.0)
+    table.loc[rounding, ["kl", "per_dlogsnr2", "ci_low", "ci_high"]] = 0.0
     estimates = {}
     for name, (column, unit, note) in ENTROPY_MEASURES.items():
         scale = 1.0 if column == "kl" else step

@@ -115,7 +115,7 @@ def _series(axes: "Axes", x: Array, measure: MeasureRanking, colour: str, marker
     shown = np.isfinite(value)
     # Intervals that reach below 0 need a linear axis, and so do logarithms.
     ends = np.concatenate([value[shown], low[shown & np.isfinite(low)]])
-    if len(ends) and (ends > 0).all() and not measure.unit.startswith("log "):
+    if len(ends) and ends.min() > 0 and ends.max() > ends.min() and not measure.unit.startswith("log "):
         axes.set_yscale("log")
     axes.plot(x, value, color=colour, linewidth=1, alpha=0.5)
     # An open end has no bar; NaN would take the line of the other one away as well.
@@ -160,13 +160,14 @@ def rank_figure(folder: Path) -> "Figure":
                 label="_" if face == "white" else name,
             )  # fmt: skip
     shown = slot[:: max(1, len(slot) // 10)].astype(int)
-    axes.set_xticks(shown, [f"{log_snr[i]:.1f}" for i in shown])
+    axes.set_xticks(shown, [f"{round(log_snr[i], 1) + 0.0:.1f}" for i in shown])  # not -0.0
     upper = axes.secondary_xaxis("top")
     upper.set_xticks(shown, [f"{t[i]:.0f}" for i in shown])
     upper.set_xlabel("timestep t in the middle of the task")
     for edge in slot[1:] - 0.5:
         axes.axvline(edge, color="0.9", linewidth=0.6, zorder=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0.5, len(t) + 0.5)
     axes.set_ylabel("rank  (1 = easiest, top = hardest)")
     axes.set_xlabel("one slot per task, labelled by its log-SNR  (clean data left, noise right)")
     axes.grid(axis="y", alpha=0.3)
@@ -198,6 +199,9 @@ def learning_figure(folder: Path) -> "Figure":
     axes.set_xscale("log")
     if len(positive):
         axes.set_yscale("log")
+    else:
+        axes.text(0.5, 0.5, "no expert has an excess above zero", transform=axes.transAxes, ha="center", fontsize=9)
+        axes.set_yticks([])
     axes.set_xlabel("iterations of each expert")
     kind = "Bayes loss" if (losses["floor_kind"] == "exact").all() else "best known loss"
     axes.set_ylabel(f"excess over the {kind}\n[nats per unit log-SNR]")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from difficulty.errors import InputError
 from difficulty.process import Process, from_arrays
 from difficulty.records import read_table, write_table
 
@@ -30,6 +31,9 @@ def read_process(folder: Path, fingerprint: Mapping[str, Any]) -> Process:
         InputError: if process.csv is missing, malformed, or not that of the fingerprint.
     """
     scales = read_table(folder / "process.csv", {"t": int, "alpha": float, "sigma": float})
-    process = from_arrays(scales["alpha"].to_numpy(), scales["sigma"].to_numpy(), str(fingerprint.get("name")))
+    try:
+        process = from_arrays(scales["alpha"].to_numpy(), scales["sigma"].to_numpy(), str(fingerprint.get("name")))
+    except InputError as error:
+        raise InputError(f"{folder / 'process.csv'} was edited or cut short ({error})") from None
     process.check_fingerprint(fingerprint, str(folder / "process.csv"))
     return process

@@ -196,7 +196,7 @@ def rank_tasks(
         _kendall(first, second, estimates, replicates) for i, first in enumerate(names) for second in names[i + 1 :]
     ]
     verdict = [verdict_on(name, estimates[name], replicates[name], tasks) for name in names]
-    verdict += groups(names[0], estimates[names[0]], replicates[names[0]], tasks)
+    verdict += groups(names[0], estimates[names[0]], tasks)
     # Ten measures have 45 pairs; in words only the agreement with the first is said, the file has all.
     verdict += _agreement([tau for tau in taus if tau.first == names[0]], estimates)
     return Ranking(

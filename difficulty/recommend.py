@@ -196,6 +196,8 @@ def advise(
             f"  t = {row.t:7.1f}  u = {row.u:.4f}  sigma/alpha = {row.sigma:9.4g}  log-SNR = {row.log_snr:7.3f}"
             for row in table.itertuples()
         ]
+        if table["t"].iloc[-1] < process.T:
+            sentences.append(f"  noisier timesteps, up to {process.T}, go to the last one: no burden is known of them")
     return {
         "burden": burden,
         "density": {"P_mean": density.mean, "P_std": density.std, "total_variation_distance": density.distance},

@@ -1,8 +1,9 @@
 """Does a ranking survive another budget, another seed? The same definitions on parts of the same learning curves.
 
 stability.csv holds, per definition, variant and task, the value and its rank (1 = easiest). Variants are the budget
-itself, half of it, twice it, and every seed alone at the budget. A rank survives if it lies, at half and at twice the
-budget, within its own 90 % interval at the budget.
+itself, half of it, twice it, and every seed alone at the budget; ``iterations`` says at which checkpoint each ends, the
+last up to there. A rank survives if it lies, at half and at twice the budget, within its own 90 % interval at the
+budget.
 """
 
 __all__ = ["STABILITY_COLUMNS", "stability_sentences", "stability_table", "variants_of"]
@@ -19,7 +20,7 @@ from difficulty.ranking import MeasureRanking
 from difficulty.records import check_columns
 
 STABILITY_COLUMNS: Mapping[str, type] = {
-    "definition": str, "variant": str, "task": int, "value": float, "rank": float,
+    "definition": str, "variant": str, "iterations": int, "task": int, "value": float, "rank": float,
 }  # fmt: skip
 BUDGET, HALF, DOUBLE = "budget", "half budget", "double budget"
 
@@ -49,7 +50,8 @@ def stability_table(losses: pd.DataFrame, budget: int) -> pd.DataFrame:
     parts = []
     for variant, (rows, iterations) in variants.items():
         table = convergence_table(rows, iterations)[["definition", "task", "value"]]
-        parts.append(table.assign(variant=variant))
+        last = rows.loc[rows["iteration"] <= iterations, "iteration"].max()
+        parts.append(table.assign(variant=variant, iterations=last))
     stacked = pd.concat(parts, ignore_index=True)
     stacked["rank"] = stacked.groupby(["definition", "variant"])["value"].transform(_ranks)
     return stacked[list(STABILITY_COLUMNS)]
@@ -79,9 +81,11 @@ def stability_sentences(table: pd.DataFrame, measures: Mapping[str, MeasureRanki
             survive &= (low <= ranks[variant]) & (ranks[variant] <= high)
         seeds = [name for name in ranks.columns if str(name).startswith("seed ")]
         between = [_tau(ranks[a], ranks[b]) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+        last = part.groupby("variant")["iterations"].first()
+        half, double = (_tau(ranks[BUDGET], ranks[variant]) for variant in (HALF, DOUBLE))
         sentence = (
-            f"{definition} at half the budget tau {_tau(ranks[BUDGET], ranks[HALF]):+.2f}, at twice the budget tau "
-            f"{_tau(ranks[BUDGET], ranks[DOUBLE]):+.2f}"
+            f"{definition} at half the budget ({last[HALF]} of {last[BUDGET]} iterations) tau {half:+.2f}, "
+            f"at twice the budget tau {double:+.2f}"
         )
         # Where every rank may be any, all survive whatever happens.
         if ((high - low)[known] < len(ranks) - 1).any():

@@ -1,8 +1,10 @@
 """A ranking in words: the hardest and the easiest task, which neighbours in rank differ, and "is lower t harder".
 
-Neighbours in rank are told apart where replicates reverse their order in so few cases that the two-sided test holds at
-95 % for all neighbours together (Holm 1979); a task whose value is only a bound is told apart from none, unless it is a
-lower bound of a value above the others.
+Neighbours in rank are told apart where the two-sided test of their difference holds at 95 % for all neighbours together
+(Holm 1979); a task whose value is only a bound is told apart from none, unless it is a lower bound of a value above the
+others. That a task is harder than a cleaner one is said where it would happen to no pair of all in 97.5 % of rankings
+of equally hard tasks (Bonferroni). The difference of two values, each with an error of d degrees of freedom, is taken
+to have Student's t with 2 d.
 """
 
 __all__ = ["groups", "verdict_on"]
@@ -11,8 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student_t
 
 from difficulty.estimate import Estimate
+from difficulty.intervals import INTERVAL_LEVEL
 from difficulty.process import Array
 from difficulty.rank_correlation import kendall, with_interval
 from difficulty.tasks import Task, runs
@@ -31,9 +35,12 @@ def verdict_on(name: str, estimate: Estimate, replicates: Array, tasks: Sequence
     position = np.arange(len(ranked), dtype=np.float64)
     tau, low, high = with_interval(float(kendall(centre[ranked], -position)), kendall(replicates[:, ranked], -position))
     if np.isnan(tau):
-        return f"{name}: no task can be told from another: none was learned, or the budget ended first for all."
+        return (
+            f"{name}: no task can be told from another: all values are equal, or none was learned, or the budget ended "
+            "first for all."
+        )
     without = ", ".join(f"{task.first}..{task.last}" for task in tasks if np.isnan(centre[task.index]))
-    apart = int(_told_apart(order, estimate, replicates).sum())
+    apart = int(_told_apart(order, estimate).sum())
     return (
         f"{name}: {_extremes(estimate, order, tasks)}"
         f"{f', of those with a value (t {without} have none)' if without else ''}; "
@@ -72,8 +79,8 @@ def _lower_is_harder(
     places = np.arange(len(sure), dtype=np.float64)
     _, low_sure, high_sure = with_interval(float(kendall(centre[sure], -places)), kendall(replicates[:, sure], -places))
     if len(sure) <= len(ranked) / 2:
-        return "is not decided, since most tasks are flagged"
-    reversed_pair = _reversed_pair(estimate, replicates, sure)
+        return "is not decided, since half of the tasks or more are flagged"
+    reversed_pair = _reversed_pair(estimate, sure)
     if high < 0 and high_sure < 0:
         return "fails (higher t is harder)"
     if reversed_pair:
@@ -88,22 +95,33 @@ def _lower_is_harder(
     return "is not decided" + (" without the tasks that are flagged" if low > 0 or high < 0 else "")
 
 
-def _reversed_pair(estimate: Estimate, replicates: Array, sure: npt.NDArray[np.int64]) -> tuple[int, int] | None:
-    """Of the tasks surely harder than the easiest cleaner one the pair (cleaner, noisier) farthest apart in rank."""
-    rank = {int(index): place for place, index in enumerate(estimate.order)}
-    found = []
-    for position in range(1, len(sure)):
-        i, j = min(sure[:position].tolist(), key=lambda index: rank[index]), int(sure[position])
-        if (replicates[:, j] <= replicates[:, i]).mean() < (1 - TOLD_APART) / 2 / len(sure):
-            found.append((i, j))
-    return max(found, key=lambda pair: rank[pair[1]] - rank[pair[0]], default=None)
+def _reversed_pair(estimate: Estimate, sure: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+    """Of the tasks surely harder than a cleaner one the pair (cleaner, noisier) farthest apart in rank."""
+    rank = np.empty(len(estimate.value), dtype=np.int64)
+    rank[estimate.order] = np.arange(len(estimate.order))
+    cleaner, noisier = (sure[places] for places in np.triu_indices(len(sure), 1))
+    found = np.flatnonzero(_doubt(estimate, cleaner, noisier) < (1 - TOLD_APART) / 2 / max(len(cleaner), 1))
+    if not len(found):
+        return None
+    pair = found[(rank[noisier] - rank[cleaner])[found].argmax()]
+    return int(cleaner[pair]), int(noisier[pair])
 
 
-def _told_apart(order: npt.NDArray[np.int64], estimate: Estimate, replicates: Array) -> npt.NDArray[np.bool_]:
+def _doubt(estimate: Estimate, easier: npt.NDArray[np.int64], harder: npt.NDArray[np.int64]) -> Array:
+    """How probable, pair by pair, it is that equally hard tasks differ by so much, (pairs,)."""
+    centre, half = estimate.scaled
+    error = half / student_t.ppf((1 + INTERVAL_LEVEL) / 2, estimate.degrees)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        distance = (centre[harder] - centre[easier]) / np.hypot(error[easier], error[harder])
+    p = np.nan_to_num(student_t.sf(distance, 2 * estimate.degrees), nan=1.0)
+    beyond, anywhere = estimate.surely_beyond, estimate.of_unknown_error
+    p = np.where(beyond[harder], 0.0, p)
+    return np.where(beyond[easier] | anywhere[easier] | anywhere[harder], 1.0, p)
+
+
+def _told_apart(order: npt.NDArray[np.int64], estimate: Estimate) -> npt.NDArray[np.bool_]:
     """Which neighbours in rank differ, (len(order) - 1,), by Holm's step-down at ``TOLD_APART`` for all of them."""
-    easier, harder = replicates[:, order[:-1]], replicates[:, order[1:]]
-    # One more than was counted: of so many replicates none is no zero.
-    p = np.minimum(1.0, 2 * ((easier >= harder).sum(0) + 1) / (len(replicates) + 1))
+    p = np.minimum(1.0, 2 * _doubt(estimate, order[:-1], order[1:]))
     known = ~estimate.flagged
     p[~(known[order[:-1]] & (known | estimate.surely_hard)[order[1:]])] = 1.0
     steps = np.argsort(p)
@@ -113,12 +131,12 @@ def _told_apart(order: npt.NDArray[np.int64], estimate: Estimate, replicates: Ar
     return apart
 
 
-def groups(name: str, estimate: Estimate, replicates: Array, tasks: Sequence[Task]) -> list[str]:
+def groups(name: str, estimate: Estimate, tasks: Sequence[Task]) -> list[str]:
     """One sentence: the order from easiest to hardest and which neighbours in it are told apart; none without order."""
     order = estimate.order
     if len(order) < 2 or np.isinf(estimate.centre[order]).all():
         return []
-    signs = np.where(_told_apart(order, estimate, replicates), " < ", " ~ ")
+    signs = np.where(_told_apart(order, estimate), " < ", " ~ ")
     names = [f"{tasks[i].first}..{tasks[i].last}{'*' if estimate.flagged[i] else ''}" for i in order]
     text = names[0] + "".join(sign + later for sign, later in zip(signs, names[1:], strict=True))
     unlearned = estimate.unlearned is not None and estimate.unlearned[order].any()

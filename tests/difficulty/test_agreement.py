@@ -82,7 +82,7 @@ def test_experts_that_learned_nothing_are_not_said_to_agree(tmp_path):
 
     few, most = compared(3), compared(4)
     assert set(few["verdict"]) == {"agree"}
-    assert set(most["verdict"]) == {"cannot be compared, since most tasks were not learned"}
+    assert set(most["verdict"]) == {"cannot be compared, since half of the tasks or more were not learned"}
     assert (most["kendall"] == 1).all()
     text = " ".join(rank_folder(tmp_path / "a4").verdict)
     assert "excess_nats and log_regret cannot be compared" in text

@@ -163,3 +163,11 @@ def test_an_interrupted_measurement_is_refused_with_other_settings_before_anythi
     with pytest.raises(InputError, match="interrupted run with other settings"):
         measure(GRID, PROCESS, plan=dataclasses.replace(PLAN, learning_rate=0.1), **settings)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@LINUX
+def test_a_process_with_a_closed_form_can_be_handed_to_helpers():
+    process = get_process("flow-matching:T=50")
+    assert process.closed_form is not None
+    tasks = make_tasks(process, 2)
+    close(train_experts(GRID, process, tasks, PLAN, processes=2), train_experts(GRID, process, tasks, PLAN))

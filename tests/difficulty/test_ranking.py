@@ -3,10 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from difficulty.convergence import SeedValues, summary_over_seeds
 from difficulty.errors import InputError
 from difficulty.estimate import Estimate
+from difficulty.losses import LearningCurves
+from difficulty.measurement_folder import convergence_estimates, relative_entropy_estimates
 from difficulty.process import get_process
 from difficulty.ranking import Ranking, rank_tasks
 from difficulty.tasks import make_tasks
@@ -217,6 +221,28 @@ def test_of_equal_neighbours_few_rankings_tell_any_apart():
     assert wrong <= 20  # 5 % of 200 and two standard deviations more
 
 
+def test_of_equally_hard_tasks_few_are_said_to_be_harder_than_a_cleaner_one():
+    rng, claims = np.random.default_rng(0), {1: 0, 2: 0}
+    for _ in range(200):
+        value = np.exp(0.1 * rng.standard_normal(10))
+        claims[1] += "fails" in ranking_of(m=estimate(value, 1.645 * 0.1)).verdict[0]
+        # The same from the curves of three seeds, whose variances differ from task to task.
+        factor = np.exp(np.exp(0.5 * rng.standard_normal(10)) * 0.1 * rng.standard_normal((3, 10)))
+        values = SeedValues(np.log(factor), np.zeros(10), *np.zeros((2, 10), bool), True, "nats")
+        curves = LearningCurves(np.arange(2.0), *np.ones((3, 3, 10, 2)), np.full(10, 9.0))
+        found = convergence_estimates(summary_over_seeds("m", values, curves, values), 10)["m"]
+        claims[2] += "fails" in ranking_of(m=found).verdict[0]
+    assert max(claims.values()) <= 200 * 0.05 + 2 * np.sqrt(200 * 0.05 * 0.95)  # "fails" has two ways at 2.5 % each
+
+
+def test_tasks_that_differ_beyond_doubt_are_told_apart_however_many_there_are():
+    tasks = make_tasks(PROCESS, 300)
+    found = rank_tasks(
+        {"m": estimate(2.0 ** -np.arange(300))}, tasks, PROCESS, dataset={"name": "test"}, grid="t", provenance={}
+    )
+    assert "299 of 299 neighbours in rank can be told apart" in found.verdict[0]
+
+
 def test_a_task_without_a_value_is_never_the_easiest_where_all_others_are_flagged():
     value, flagged = 2.0 ** -np.arange(10.0), np.ones(10, bool)
     value[[3, 6]] = np.nan
@@ -243,7 +269,7 @@ def test_a_task_that_was_not_learned_may_be_the_hardest_and_not_the_easiest():
 def test_nothing_is_decided_by_the_few_tasks_that_are_not_flagged():
     value = 2.0 ** -np.arange(10.0)
     verdict = ranking_of(m=estimate(value, flagged=np.arange(10) >= 4)).verdict[0]
-    assert "'lower t is harder' is not decided, since most tasks are flagged" in verdict
+    assert "'lower t is harder' is not decided, since half of the tasks or more are flagged" in verdict
 
 
 def test_two_tasks_are_ranked_and_one_is_not():
@@ -269,7 +295,28 @@ def test_where_the_budget_ended_first_for_all_nothing_is_told_apart():
     bounds = Estimate(
         "iterations", value, value - 1, np.full(10, np.nan), True, np.ones(10, bool), hardest_if_missing=True
     )
-    assert "none was learned, or the budget ended first for all" in ranking_of(m=bounds).verdict[0]
+    assert "or none was learned, or the budget ended first for all" in ranking_of(m=bounds).verdict[0]
+
+
+def test_of_one_seed_nothing_is_told_apart_from_a_lower_bound():
+    value, unknown = np.arange(1.0, 11.0), np.full(10, np.nan)
+    bound = np.arange(10) >= 8
+    alone = Estimate(
+        "iterations", value, np.where(bound, value, np.nan), unknown, True, bound, hardest_if_missing=True
+    )
+    ranking = ranking_of(m=alone)
+    assert "0 of 9 neighbours" in ranking.verdict[0]
+    assert max(ranking.measures["m"].rank_low[:8]) == 1
+    assert min(ranking.measures["m"].rank_high[:8]) == 10
+
+
+def test_relative_entropies_that_are_rounding_are_zero_and_tie():
+    t = np.arange(2, 1001)
+    kl = 1e-33 * np.random.default_rng(0).random(999)
+    table = pd.DataFrame({"t": t, "kl": kl, "ci_low": kl, "ci_high": kl, "per_dlogsnr2": kl * 100, "valid": True})
+    for name, found in relative_entropy_estimates(table, TASKS).items():
+        assert (found.value == 0).all()
+        assert "no task can be told from another: all values are equal" in ranking_of(**{name: found}).verdict[0]
 
 
 def test_a_task_without_a_value_is_a_doubt_for_whoever_orders_them():
