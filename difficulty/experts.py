@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,7 +231,7 @@ class _Training:
         self, ranks: Ranks, progress: Progress | None, watch: Watcher | None = None
     ) -> ExpertCurves | None:
         """The curves of all experts, on rank 0."""
-        rounds = self._rounds(ranks.world)
+        rounds = self._rounds(ranks.on_first(lambda: self._count_rounds(self.choice.at_once * ranks.world)))
         weights: dict[int, dict[str, Tensor]] = {}
         if self.plan.start == "shared":
             weights = self._shared_weights(sorted({s for members in rounds for s, _ in _share(members, ranks)}))
@@ -254,16 +255,41 @@ class _Training:
             return None
         return self._curves(dict(found))
 
-    def _rounds(self, world: int) -> list[list[Member]]:
-        S, K, size = len(self.plan.seeds), len(self.tasks), self.choice.at_once * world
-        # Whole tasks, so that a rank keeps the seeds whose neighbours it needs.
-        if self.plan.start == "neighbour":
-            stages = [[k] for k in reversed(range(K))]
-        else:
-            step = max(1, size // S)
-            stages = [list(range(first, min(first + step, K))) for first in range(0, K, step)]
-        rounds = [[(s, k) for s in range(S) for k in stage] for stage in stages]
-        return [members[first : first + size] for members in rounds for first in range(0, len(members), size)]
+    def _count_rounds(self, size: int) -> int:
+        """As many rounds as an interrupted run had, else as few as hold no more than ``size`` experts each.
+
+        Raises:
+            InputError: if those of the interrupted run hold more.
+        """
+        S, K = len(self.plan.seeds), len(self.tasks)
+        one_task = self.plan.start == "neighbour" or size < S
+        count = K * math.ceil(S / size) if one_task else math.ceil(K / (size // S))
+        if (begun := self._begun()) is None:
+            return count
+        if (most := max(map(len, self._rounds(begun)))) > size:
+            raise InputError(
+                f"this run was begun with {most} experts at a time, and only {size} fit in memory now; free some, or "
+                "use more processes"
+            )
+        return begun
+
+    def _begun(self) -> int | None:
+        """The number of rounds of an interrupted run."""
+        path = self.resume_from
+        if path is None or path.exists():
+            return None if path is None else 1
+        for file in path.parent.glob(f"{path.stem}.*-of-*{path.suffix}"):
+            return int(file.stem.rpartition("-of-")[2])
+        return None
+
+    def _rounds(self, count: int) -> list[list[Member]]:
+        """The experts of each round; up to K rounds of whole tasks, or a multiple of K with some seeds of one task."""
+        S, K = len(self.plan.seeds), len(self.tasks)
+        # Seeds stay with their ranks from task to task, which therefore have the neighbours that they need.
+        order = range(K)[::-1] if self.plan.start == "neighbour" else range(K)
+        stages = np.array_split(np.array(order), min(count, K))
+        parts = np.array_split(np.arange(S), max(1, count // K))
+        return [[(int(s), int(k)) for s in part for k in stage] for stage in stages for part in parts]
 
     def _show(self, watch: Watcher, members: Sequence[Member], iteration: int, bank: Bank) -> None:
         watch(iteration, [self.tasks[k] for k in dict.fromkeys(k for _, k in members)], bank)

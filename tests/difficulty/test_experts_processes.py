@@ -101,22 +101,32 @@ def test_torchrun_writes_the_measurement_of_one_process(tmp_path):
     assert not list((tmp_path / "two").glob("*.partial*"))
 
 
-@pytest.mark.parametrize("start", ["cold", "shared"])
-def test_rounds_of_few_experts_give_the_numbers_of_all_at_once_and_resume(tmp_path, monkeypatch, start):
+def room_for(experts, monkeypatch):
+    state, activations = 16 * 1426, 41984
+    free = int(((experts + 0.5) * state + activations) / engines.MEMORY_SHARE)
+    monkeypatch.setattr(engines, "free_bytes", lambda device: free)
+
+
+@pytest.mark.parametrize(("start", "later"), [("cold", 3), ("cold", 6), ("shared", 4), ("neighbour", 6)])
+def test_rounds_of_few_experts_give_the_numbers_of_all_at_once_and_resume(tmp_path, monkeypatch, start, later):
     plan = dataclasses.replace(PLAN, start=start)
     whole = train_experts(GRID, PROCESS, TASKS, plan)
     assert whole.engine.at_once == 6
-    # Room for three experts of two seeds: a task at a time.
-    state = 16 * 1746
-    monkeypatch.setattr(engines, "free_bytes", lambda device: int((3.5 * state + 6e4) / engines.MEMORY_SHARE))
+    room_for(3, monkeypatch)  # of two seeds: a task at a time
     path = tmp_path / "state.safetensors"
     with pytest.raises(Stop):
         train_experts(GRID, PROCESS, TASKS, plan, resume_from=path, progress=stop_at(60))
     assert len(list(tmp_path.iterdir())) == 2
-    parts = train_experts(GRID, PROCESS, TASKS, plan, resume_from=path)
-    assert 2 <= parts.engine.at_once < 6
+    room_for(1, monkeypatch)
+    with pytest.raises(InputError, match="begun with 2 experts at a time, and only 1 fit in memory now"):
+        train_experts(GRID, PROCESS, TASKS, plan, resume_from=path)
+    room_for(later, monkeypatch)  # of which a run that goes on makes no use, or its rounds would be others
+    seen = []
+    parts = train_experts(GRID, PROCESS, TASKS, plan, resume_from=path, progress=lambda done, total: seen.append(done))
+    assert seen[0] > 40  # the first round is not trained again
+    assert parts.engine.at_once == later
     close(parts, whole)
-    assert len(list(tmp_path.iterdir())) == 2  # one for each round, left to the caller
+    assert len(list(tmp_path.iterdir())) == len(TASKS)  # one for each round, left to the caller
 
 
 @pytest.mark.parametrize(
