@@ -74,7 +74,7 @@ learning_curves_figure(STUDY, "digits-mixture");
 # - `paper_style`: iterations until 90 % of the fall to the curve's own end has happened;
 # - `paper_style_floor`: the same, to the floor;
 # - `normalised_area`: area under the curve scaled to fall from 1 to 0;
-# - `exponential`: time constant of an exponential fit; `power_law`: slope of log excess against log iterations.
+# - `exponential`: time constant of the best exponential; `power_law`: slope of log excess against log iterations.
 #
 # Hollow markers are bounds: the budget ended before the fall did, the fall was over at the first checkpoint (a
 # hundredth of the budget), or the excess is below its own error. Tasks with the same bound share its ranks, as their
@@ -96,7 +96,8 @@ pd.crosstab(values["definition"], kind, normalize="index", colnames=["share"]).r
 
 # %% [markdown]
 # On photographs they do not even agree in tendency. Cleaner is harder by `excess_nats` and `log_regret`; by the rates
-# (`paper_style`, `normalised_area`, `exponential`) it is hardest at both ends and easiest in between.
+# (`paper_style`, `normalised_area`, `exponential`) the cleanest tasks are hard, those after them easy, and moderately
+# high noise is hard again.
 
 # %%
 definitions_figure(STUDY, "photo-patches-8");
