@@ -4,8 +4,8 @@
 
 Measures experts on three data sets (one with an exact floor), four processes and three predictions, and shared
 networks on the same tasks. The measurements are ordinary folders of `difficulty measure` and `difficulty probe` below
-``--runs``; finished ones are kept, an interrupted one goes on, so that the same command continues. An hour and a
-half on one core of a shared machine. From them ``--out`` gets
+``--runs``; finished ones are kept, an interrupted one goes on, so that the same command continues. An hour to an hour
+and a half on one core of a shared machine. From them ``--out`` gets
 
     cells.csv        one row per folder: what was measured
     tasks.csv        cell, task, bounds in t and log-SNR
