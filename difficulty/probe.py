@@ -245,12 +245,15 @@ class Prober:
         # Paired draw by draw: the noise that both share cancels.
         excess = 0.5 * (distance if self.exact else losses - self.floor)
         gain, mean = self.linear - losses, excess.mean(1)
-        rounding = self.dataset.dim * np.finfo(np.float32).eps ** 2  # of what a model returns
+        # Of x_t, which the noise in it divides by sigma, and of what a model returns.
+        snr = np.exp([task.log_snr_high for task in self.tasks])
+        rounding = self.dataset.dim * np.finfo(np.float32).eps ** 2 * (1 + snr)
         rows = heldout_rows(len(self.dataset.heldout), self.tasks, self.draws)
         se, loss_se, gain_se = (
             np.stack([standard_error(own, row) for own, row in zip(values, rows, strict=True)])
             for values in (excess, losses, gain)
         )
+        se = np.hypot(se, rounding)
         columns = {
             "task": np.arange(len(self.tasks)),
             "t_first": [task.first for task in self.tasks],
@@ -260,9 +263,9 @@ class Prober:
             "floor": self.floor.mean(1),
             "floor_kind": self.floor_kind,
             "excess_nats": mean,
-            "excess_se": np.hypot(se, rounding),
-            "ci_low": mean - Z90 * np.hypot(se, rounding),
-            "ci_high": mean + Z90 * np.hypot(se, rounding),
+            "excess_se": se,
+            "ci_low": mean - Z90 * se,
+            "ci_high": mean + Z90 * se,
             "linear_loss": self.linear.mean(1),
             "untrained": ~(gain.mean(1) > -np.maximum(Z90 * gain_se, self.noticed)),
         }

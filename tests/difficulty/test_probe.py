@@ -48,6 +48,7 @@ def test_the_exact_denoiser_has_no_excess(tmp_path):
     np.testing.assert_allclose(found.table["excess_nats"], 0, atol=1e-5)
     assert (found.table["floor_kind"] == "exact").all()
     assert not found.table["untrained"].any()
+    assert "0 of 4 neighbours" in found.ranking.verdict[0]  # rounding is no difficulty
 
 
 def test_the_zero_function_loses_the_whole_noise_and_is_called_untrained(tmp_path):
