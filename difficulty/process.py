@@ -162,9 +162,10 @@ class Process:
             raise InputError(f"{source} counts t as {direction!r}, but here noise increases with t; convert it first")
         own = np.stack([self.alpha[t], self.sigma[t]])
         if scales.shape != own.shape or not np.allclose(scales, own, rtol=1e-6, atol=1e-9):
+            options = " with other options" if fingerprint.get("name") == self.name else ""
             raise InputError(
-                f"{source} was made for process {fingerprint.get('name')!r}, whose noise levels differ from those of "
-                f"{self.name!r}; measure again with this process"
+                f"{source} was made for process {fingerprint.get('name')!r}{options}, whose noise levels differ from "
+                f"those of {self.name!r}; measure again with this process"
             )
 
     def _interpolate(self, t: Array) -> tuple[Array, Array]:

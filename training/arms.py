@@ -118,7 +118,7 @@ def _arm(
 ) -> ArmSpec:
     if name.endswith(".json"):
         return ArmSpec(Curriculum.load(Path(name)))
-    kind, plus, weight = name.rpartition("+")
+    kind, plus, weight = name.partition("+")
     if plus:
         plain = _arm(kind, curriculum, process, steps, ranking)
         if plain.weight != "constant":

@@ -57,10 +57,10 @@ class RunsTogether(Protocol):
 
 
 def can_be_stacked(plan: TrainPlan) -> bool:
-    """Whether runs of this plan train faster as one program, and nothing they need is missing there."""
+    """Whether runs of this plan train faster as one program on a CPU, and nothing they need is missing there."""
     plain = plan.precision == "fp32" and plan.micro_batches == 1 and plan.condition == "none"
     plain = plain and plan.lr_start == "begin" and not plan.compile and not split_weight(plan.weight)[1]
-    return plain and (plan.network.partition(":")[0] == "mlp" or torch.cuda.is_available())
+    return plain and plan.network.partition(":")[0] == "mlp"
 
 
 def train_together(trainers: Sequence[Trainer]) -> RunsTogether:

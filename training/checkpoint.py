@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from difficulty.errors import InputError
+from difficulty.records import as_json
 
 CHECKPOINT_FORMAT = "denoising-difficulty/checkpoint/1"
 TENSORS = ("model", "ema", "optimizer")
@@ -45,7 +46,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
         "model.safetensors": save(_contiguous(state["model"])),
         "ema.safetensors": save(_contiguous(state["ema"])),
         "optimizer.safetensors": save(moments),
-        "state.json": json.dumps(content, allow_nan=False).encode(),
+        # A held-out loss that is not finite is kept as null.
+        "state.json": json.dumps(as_json(content), allow_nan=False).encode(),
     }
     manifest = {name: _facts(content) for name, content in files.items()}
     files["manifest.json"] = json.dumps(manifest, indent=2).encode()
@@ -67,7 +69,10 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
         kept = list_checkpoints(folder)
         last = f"the last good one is {kept[-1]}" if kept else "there is none before it"
         raise InputError(f"cannot write checkpoint {target}: {error.strerror or error}; {last}") from error
-    for old in list_checkpoints(folder)[:-keep]:
+    checkpoints = list_checkpoints(folder)
+    done = checkpoints.index(target) + 1
+    # Those of later steps are damaged: the run was continued from before them.
+    for old in checkpoints[: max(done - keep, 0)] + checkpoints[done:]:
         shutil.rmtree(old, ignore_errors=True)
     for stray in folder.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(stray, ignore_errors=True)

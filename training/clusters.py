@@ -138,19 +138,21 @@ def interval_cuts(process: Process, k: int, method: str) -> list[int]:
     z falls with t, so the best centre of an interval is its middle element (the median), as in ANT.
 
     Returns:
-        Edges e_0 = 0 < e_1 < ... < e_k = T; interval i holds the timesteps e_i + 1 .. e_{i+1}.
+        Edges e_0 = 0 < e_1 < ... < e_k = T; interval i holds the timesteps e_i + 1 .. e_{i+1}. Pure noise, where alpha
+        is 0, is no interval by itself: it joins the last one.
     """
     z = choose("interval method", method, INTERVAL_METHODS)(process)
-    T = len(z)
+    T, name = (process.T, "T") if process.alpha[-1] > 0 else (process.T - 1, "T - 1")
+    z = z[:T]
     if not 1 <= k <= T:
-        raise InputError(f"the number of intervals must lie in 1..T = {T}, got {k}")
+        raise InputError(f"the number of intervals must lie in 1..{name} = {T}, got {k}")
     total = np.concatenate([[0.0], np.cumsum(z)])
     i, j = np.meshgrid(np.arange(T), np.arange(1, T + 1), indexing="ij")
     middle = (i + j) // 2
     # z falls: elements left of the middle lie above the median z[middle], the others below.
     above = (total[middle] - total[i]) - (middle - i) * z[np.minimum(middle, T - 1)]
     below = (j - middle) * z[np.minimum(middle, T - 1)] - (total[j] - total[middle])
-    return _best_partition(np.where(j > i, above + below, np.inf), k)
+    return [*_best_partition(np.where(j > i, above + below, np.inf), k)[:-1], process.T]
 
 
 def _best_partition(cost: Array, k: int) -> list[int]:

@@ -41,7 +41,9 @@ from training.effects import (
     arms_without_order,
     effects,
     iterations_to_baseline,
+    paired_effects,
     paired_intervals,
+    with_verdicts,
 )
 from training.jobs import HELD_OUT, Job, Setting, group_jobs, run_file
 from training.metrics import check_enough, check_metrics
@@ -103,7 +105,10 @@ def compare(
     """
     started = time.monotonic()
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise InputError(f"seeds must be different whole numbers from 0, got {list(seeds)}")
+        found = list(seeds) or "none"
+        raise InputError(f"seeds must be one or more different whole numbers from 0, got {found}")
+    if workers < 1:
+        raise InputError(f"the number of worker processes must be at least 1, got {workers}")
     if curriculum is None and ranking is not None:
         curriculum = make_curriculum(ranking, process=process)
     if curriculum is not None:
@@ -134,8 +139,7 @@ def compare(
     check_metrics(setting.metrics, ratios=True)
     check_enough("data", len(data.train))
     check_enough("samples", samples)
-    before = read_json(out / "run.json").get("wall_seconds", 0.0) if (out / "run.json").exists() else 0.0
-    run = _open(out, setting, specs, list(seeds), schedules, confirms)
+    run, before = _open(out, setting, specs, list(seeds), schedules, confirms)
     jobs = [
         Job(arm, spec, seed, schedule, run_file(out, arm, seed, schedule), keep_samples=seed == seeds[0])
         for schedule in schedules
@@ -144,10 +148,10 @@ def compare(
     ]
     first = [job for job in jobs if job.spec.exposure_of is None]
     with worker_processes(setting, out / "partial", min(workers, sum(not job.file.exists() for job in jobs))) as runner:
-        _run_all(runner, plan, first, workers, progress, 0, len(jobs))
+        _run_all(runner, setting, first, workers, progress, 0, len(jobs))
         # The histogram of the arm that is copied is known only after its run.
         copies = [replace(job, exposure=_exposure_of(job, out)) for job in jobs if job.spec.exposure_of is not None]
-        _run_all(runner, plan, copies, workers, progress, len(first), len(jobs))
+        _run_all(runner, setting, copies, workers, progress, len(first), len(jobs))
     shutil.rmtree(out / "partial", ignore_errors=True)
     table = _write_tables(out, jobs, specs, tasks)
     finish_run(out, run, wall_seconds=round(before + time.monotonic() - started, 1))
@@ -157,7 +161,20 @@ def compare(
 def _exposure_of(job: Job, out: Path) -> Array:
     """Histogram of t, shape (T+1,), of the finished run that a job copies."""
     copied = run_file(out, str(job.spec.exposure_of), job.seed, job.lr_schedule)
-    return np.array(read_json(copied)["exposure"])
+    return np.array(_read_run_file(copied)["exposure"])
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    """What ``run_group`` found of one run.
+
+    Raises:
+        InputError: if the file holds something else.
+    """
+    found = read_json(path)
+    wanted = ("arm", "seed", "lr_schedule", "final", "curve", "stages", "exposure")
+    if not isinstance(found, dict) or any(name not in found for name in wanted):
+        raise InputError(f"{path} is not the file of a finished run; delete it and repeat the command")
+    return found
 
 
 def _open(
@@ -167,8 +184,9 @@ def _open(
     seeds: list[int],
     schedules: list[str],
     confirms: Path | None,
-) -> dict[str, Any]:
-    """run.json of the comparison; a folder that holds another one is refused, the same one is continued."""
+) -> tuple[dict[str, Any], float]:
+    """run.json of the comparison and the seconds spent on it; a folder of another one is refused, the same continued.
+    """
     config = {
         "arms": {name: _described(spec) for name, spec in specs.items()},
         "seeds": seeds,
@@ -184,6 +202,7 @@ def _open(
     }
     config = json.loads(json.dumps(config))
     config["confirms"] = _explored(confirms, config) if confirms else None
+    before = 0.0
     if (out / "run.json").exists():
         found = read_json(out / "run.json")
         if not isinstance(found, dict) or found.get("kind") != "compare":
@@ -193,7 +212,8 @@ def _open(
             raise InputError(
                 f"{out} holds a comparison with other settings ({changed}); choose another folder or repeat them"
             )
-    return start_run(out, "compare", config)
+        before = float(found.get("wall_seconds") or 0.0)
+    return start_run(out, "compare", config), before
 
 
 def _explored(folder: Path, config: dict[str, Any]) -> str:
@@ -227,7 +247,7 @@ def _described(spec: ArmSpec) -> dict[str, Any]:
 
 def _run_all(
     runner: GroupRunner,
-    plan: TrainPlan,
+    setting: Setting,
     jobs: Sequence[Job],
     workers: int,
     progress: Progress | None,
@@ -239,7 +259,7 @@ def _run_all(
     done = before + len(jobs) - len(pending)
     if progress and pending:  # the first group may take a minute
         progress(pending[0].label, done, total)
-    for group, results in runner(group_jobs(plan, pending, max(workers, 1))):
+    for group, results in runner(group_jobs(setting, pending, max(workers, 1))):
         for job, result in zip(group, results, strict=True):
             write_json(job.file, result)
         done += len(group)
@@ -250,9 +270,10 @@ def _run_all(
 def _order_effects(final: pd.DataFrame, arms: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Effects of the arms whose exposure another arm copies, against that arm: what their order alone does."""
     tables = [
-        effects(final[final["arm"].isin([arm, copy])], baseline=copy) for arm, copy in arms_without_order(arms).items()
+        paired_effects(final[final["arm"].isin([arm, copy])], baseline=copy)
+        for arm, copy in arms_without_order(arms).items()
     ]
-    return pd.concat(tables) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
+    return with_verdicts(pd.concat(tables)) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
 
 
 def _exposure(runs: pd.DataFrame, T: int) -> pd.DataFrame:
@@ -283,7 +304,7 @@ def _write_tables(
     out: Path, jobs: Sequence[Job], specs: Mapping[str, ArmSpec], bounds: Sequence[RankingTask]
 ) -> pd.DataFrame:
     """All CSV files from the files of the runs; returns the effects."""
-    runs = pd.DataFrame([read_json(job.file) for job in jobs])
+    runs = pd.DataFrame([_read_run_file(job.file) for job in jobs])
     key = ["arm", "lr_schedule", "seed"]
     final = pd.DataFrame(
         [(*k, name, value) for *k, found in runs[[*key, "final"]].to_numpy() for name, value in found.items()],

@@ -19,11 +19,13 @@ __all__ = [
     "PacingField",
     "first_reason",
     "known_process",
+    "recorded_process",
     "schema",
     "tasks_of",
 ]
 
 import math
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, Array, Process, get_process
+from difficulty.process_file import read_process
 from difficulty.ranking import RankingTask
 from difficulty.records import digest, read_json, write_json
 from difficulty.tasks import Task, make_tasks
@@ -137,16 +140,27 @@ class Curriculum(_Record):
         Raises:
             InputError: if it is missing, foreign, truncated, of another version or inconsistent.
         """
-        path = Path(path)
-        content = read_json(path)
-        found = content.get("format") if isinstance(content, dict) else None
+        return cls.parse(read_json(Path(path)), str(path))
+
+    @classmethod
+    def parse(cls, content: Any, source: str = "the mapping given") -> "Curriculum":
+        """Make a curriculum of the content of a curriculum.json.
+
+        Args:
+            content: of the file.
+            source: what it is called in errors.
+
+        Raises:
+            InputError: if it is foreign, of another version or inconsistent.
+        """
+        found = content.get("format") if isinstance(content, Mapping) else None
         if found != CURRICULUM_FORMAT:
             what = f"has format {found!r}" if found else "states no format"
-            raise InputError(f"{path} {what}; this version reads {CURRICULUM_FORMAT!r}")
+            raise InputError(f"{source} {what}; this version reads {CURRICULUM_FORMAT!r}")
         try:
             return cls.model_validate(content, strict=True)
         except ValidationError as error:
-            raise InputError(f"{path} is not a valid curriculum: {first_reason(error)}") from None
+            raise InputError(f"{source} is not a valid curriculum: {first_reason(error)}") from None
 
     def save(self, path: Path | str) -> None:
         """Write curriculum.json atomically."""
@@ -256,6 +270,20 @@ def known_process(fingerprint: dict[str, Any], source: str) -> Process:
     process = get_process(f"{name}:T={fingerprint.get('T')}")
     process.check_fingerprint(fingerprint, source)
     return process
+
+
+def recorded_process(folder: Path, fingerprint: dict[str, Any], source: str) -> Process:
+    """The process of a results folder: built in if its noise levels are those of its name, else from process.csv there.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    try:
+        return known_process(fingerprint, source)
+    except InputError:
+        if not (folder / "process.csv").exists():
+            raise
+        return read_process(folder, fingerprint)
 
 
 def first_reason(error: ValidationError) -> str:

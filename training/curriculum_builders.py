@@ -215,8 +215,11 @@ def exposure_matched(curriculum: Curriculum, exposure: Array) -> Curriculum:
         exposure: how often its densities asked for each t, shape (T+1,), up to a factor.
 
     Raises:
-        InputError: if t was not drawn evenly inside a task, which no mass per task can state.
+        InputError: if a count is missing or negative, or t was not drawn evenly inside a task, which no mass per task
+            can state.
     """
+    if not (np.isfinite(exposure).all() and (exposure >= 0).all() and exposure.sum() > 0):
+        raise InputError("how often t was drawn is missing or negative somewhere; was coverage.csv edited?")
     for task in curriculum.tasks:
         inside = exposure[task.t_first : task.t_last + 1]
         if inside.max() > EVEN * inside.min():

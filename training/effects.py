@@ -17,7 +17,9 @@ __all__ = [
     "effects",
     "holm",
     "iterations_to_baseline",
+    "paired_effects",
     "paired_intervals",
+    "with_verdicts",
 ]
 
 from collections.abc import Collection, Mapping, Sequence
@@ -72,16 +74,30 @@ def arms_without_order(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -> pd.DataFrame:
+    """Paired effects of every arm on every metric, with verdicts.
+
+    Args:
+        results, baseline: as of ``paired_effects``.
+        again: arms that repeat the baseline with fresh seeds (A/A).
+
+    Returns:
+        Columns ``EFFECT_COLUMNS``, see ``with_verdicts``.
+
+    Raises:
+        InputError: as ``paired_effects``.
+    """
+    return with_verdicts(paired_effects(results, baseline), again)
+
+
+def paired_effects(results: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Paired effects of every arm on every metric.
 
     Args:
         results: columns arm, lr_schedule, seed, metric, value; value positive, smaller is better.
         baseline: the arm that the others are compared with.
-        again: arms that repeat the baseline with fresh seeds (A/A).
 
     Returns:
-        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric
-        and schedule, NaN without one. With one seed there is no interval and no verdict.
+        ``EFFECT_COLUMNS`` but for the last three columns. With one seed there is no interval.
 
     Raises:
         InputError: if the baseline is missing, arms have different seeds, or a value is not positive.
@@ -100,7 +116,21 @@ def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -
                 if arm != baseline:
                     key = {"arm": arm, "lr_schedule": schedule, "metric": metric}
                     rows.append(key | _paired(logs[schedule, metric, arm] - logs[schedule, metric, baseline]))
-    table = pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
+    return pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
+
+
+def with_verdicts(table: pd.DataFrame, again: Collection[str] = ()) -> pd.DataFrame:
+    """Effects with p values corrected together and a verdict on each.
+
+    Args:
+        table: of ``paired_effects``; of several baselines where their effects are one family.
+        again: as of ``effects``.
+
+    Returns:
+        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric
+        and schedule, NaN without one. With one seed there is no verdict.
+    """
+    table = table.reset_index(drop=True)
     judged = ~table["arm"].isin(list(again)) & table["p"].notna()
     table["p_holm"] = np.nan
     table.loc[judged, "p_holm"] = holm(table.loc[judged, "p"].tolist())

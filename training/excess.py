@@ -45,5 +45,5 @@ class Excess:
             estimate = denoiser.eps(alpha * x0 + sigma * eps, t).cpu()
             squares.append((estimate - self.posterior[part]).double().square().flatten(1).sum(1))
         shaped = torch.cat(squares).numpy().reshape(len(held.tasks), -1)
-        # As in `HeldOut`: where eps cannot be read from the output (alpha = 0) there is no log-SNR either.
-        return float(0.5 * (np.where(np.isfinite(shaped), shaped, 0.0) * held.log_snr_of_draw).sum())
+        shaped = np.where(held.unreadable & ~np.isfinite(shaped), 0.0, shaped)
+        return float(0.5 * (shaped * held.log_snr_of_draw).sum())

@@ -1,4 +1,4 @@
-"""Held-out loss per task on fixed draws of (x0, eps, t): the same draws for every run, arm and step.
+"""Held-out loss per task on fixed draws of (x0, eps, t): the same for every arm and step, and for runs of equal tasks.
 
 The error of eps is what all predictions are compared by. Per task, and as an integral over log-SNR lambda,
 
@@ -6,8 +6,9 @@ The error of eps is what all predictions are compared by. Per task, and as an in
     nats   = 1/2 int E |eps - eps_hat|^2 dlambda = sum_k nats_k * width_k
 
 squared errors summed over the D dimensions: the variational bound up to a constant of the data (Kingma & Gao 2023,
-arXiv 2303.00848). The integral ends at the last finite log-SNR. ``loss`` is the error of the network's own output per
-dimension, t uniform: what plain training minimises.
+arXiv 2303.00848). It is taken at some t of each task, and for runs of other tasks, as with a curriculum of other
+intervals, at other t: their ``nats`` differ by some percent for that alone. ``loss`` is the error of the network's own
+output per dimension, t uniform: what plain training minimises.
 """
 
 __all__ = ["HeldOut", "HeldOutLoss"]
@@ -74,6 +75,8 @@ class HeldOut:
         self.t = torch.from_numpy(t.astype(np.int64))
         self.condition = conditioning.heldout(torch.from_numpy(rows)) if conditioning else None
         self.dim, self.tasks, self.per_task = data.dim, list(tasks), per_task
+        # Where alpha is 0 eps may be impossible to read from the output, and there is no log-SNR either.
+        self.unreadable = (process.alpha[t.astype(np.int64)] == 0).reshape(len(tasks), -1)
         self.share = np.array(lengths) / sum(lengths)
         self.widths = np.concatenate([[0.0], log_snr_widths(process)])[t.astype(np.int64)].reshape(len(tasks), -1)
         # Each draw stands for length/per_task timesteps.
@@ -99,8 +102,7 @@ class HeldOut:
         per_draw = (own * factor).numpy()
         shaped = per_draw.reshape(len(self.tasks), -1)
         loss = own.numpy().reshape(len(self.tasks), -1).mean(1) / self.dim
-        # A draw at which eps cannot be read from the output (alpha = 0) carries no log-SNR either.
-        shaped = np.where(np.isfinite(shaped), shaped, 0.0)
+        shaped = np.where(self.unreadable & ~np.isfinite(shaped), 0.0, shaped)
         integral = 0.5 * (shaped * self.log_snr_of_draw).sum(1)
         return HeldOutLoss(
             nats_per_task=integral / self.log_snr_of_draw.sum(1),
@@ -113,7 +115,7 @@ class HeldOut:
     def nats_error(self, measured: HeldOutLoss) -> float:
         """Standard error of ``measured.nats`` over the draws of (x0, eps), tasks taken apart."""
         terms = 0.5 * measured.per_draw.reshape(len(self.tasks), -1) * self.log_snr_of_draw
-        terms = np.where(np.isfinite(terms), terms, 0.0)
+        terms = np.where(self.unreadable & ~np.isfinite(terms), 0.0, terms)
         apart = (terms - terms.mean(1, keepdims=True)).ravel()
         return float(len(apart) * standard_error(apart, self.rows))
 

@@ -110,12 +110,14 @@ def run_file(out: Path, arm: str, seed: int, lr_schedule: str) -> Path:
     return out / "runs" / f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', arm)}-{lr_schedule}-seed{seed}.json"
 
 
-def group_jobs(plan: TrainPlan, jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+def group_jobs(setting: Setting, jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """Jobs in groups that train together, no fewer groups than workers where there are enough jobs."""
     able: list[Job] = []
     alone: list[Job] = []
     for job in jobs:
-        (able if can_be_stacked(replace(plan, weight=job.spec.weight)) else alone).append(job)
+        in_memory = setting.data.large is None
+        together = in_memory and can_be_stacked(replace(setting.plan, weight=job.spec.weight))
+        (able if together else alone).append(job)
     groups = [[job] for job in alone]
     for schedule in dict.fromkeys(job.lr_schedule for job in able):
         alike = [job for job in able if job.lr_schedule == schedule]

@@ -118,7 +118,8 @@ class SampleJudge:
         value_range: tuple[float, float] | None = None,
     ) -> None:
         check_metrics(names)
-        check_enough("data", len(data))
+        if names:
+            check_enough("data", len(data))
         self.metrics = {name: METRICS[name] for name in names}
         used = dict.fromkeys(features for _, features in self.metrics.values())
         self.features = {name: FEATURES[name](data, value_range) for name in used}

@@ -41,7 +41,7 @@ def run_curve(folder: Path) -> "Figure":
     for ax, (name, label) in zip(
         axes[0], (("nats", "held-out nats"), ("loss", "held-out loss"), ("lr", "learning rate")), strict=True
     ):
-        ax.plot(table["step"], table[name], color=COLOURS[0], lw=1.5)
+        ax.plot(table["step"], table[name], color=COLOURS[0], lw=1.5, marker="o" if len(table) == 1 else None)
         for start in stages.loc[stages["stage"].diff() > 0, "start"]:
             ax.axvline(start, color="#999999", lw=0.7, ls=":")
         ax.set_xlabel("iteration")

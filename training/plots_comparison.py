@@ -286,7 +286,7 @@ def stages(folder: Path) -> "Figure":
 
 
 def samples(folder: Path) -> "Figure | None":
-    """Samples of every arm side by side, drawn from the same noise; None where the runs are not kept."""
+    """Samples of every arm side by side, but for A/A arms drawn from the same noise; None where no runs are kept."""
     from safetensors.torch import load_file
 
     config = read_json(folder / "run.json")["config"]
@@ -304,7 +304,8 @@ def samples(folder: Path) -> "Figure | None":
             ax.set_axis_off()
         else:
             scatter(ax, drawn)
-    figure.suptitle(f"Samples, seed {seed}, learning rate {schedule}, from the same noise", fontsize=9)
+    others = "".join(f", {name} from other" for name in _again(folder) if name in names)
+    figure.suptitle(f"Samples, seed {seed}, learning rate {schedule}, from the same noise{others}", fontsize=9)
     return figure
 
 
@@ -338,7 +339,7 @@ def _edges(bounds: pd.DataFrame) -> np.ndarray:
     """Boundaries of the tasks in log-SNR, cleanest first; a last one at -inf is put a neighbour's width away."""
     edges = np.append(bounds["log_snr_high"], bounds["log_snr_low"].iloc[-1])
     if not np.isfinite(edges[-1]):
-        edges[-1] = 2 * edges[-2] - edges[-3]
+        edges[-1] = 2 * edges[-2] - edges[-3] if len(edges) > 2 else edges[-2] - 2.0
     return edges
 
 

@@ -25,6 +25,7 @@ from training.arms import STAGE_LENGTH_IN_TAU
 from training.compare import compare
 from training.curriculum import Curriculum
 from training.curriculum_builders import make_curriculum
+from training.metrics import check_enough
 from training.plots import draw_folder
 from training.report import write_report
 
@@ -77,6 +78,7 @@ def quickstart(
     """
     plan = plan or QuickstartPlan()
     dataset, process = load_dataset(data), get_process(plan.process)
+    check_enough("data", len(dataset.train))  # of the comparison, before anything is measured
     experts = ExpertPlan(network=plan.network, seeds=tuple(range(plan.expert_seeds)), budget=plan.expert_budget)
     found = measure(dataset, process, out=out / "measurement", tasks=plan.tasks, plan=experts, progress=progress)
     plot_folder(out / "measurement")
@@ -113,7 +115,8 @@ def summarise(out: Path, dataset: Dataset, plan: QuickstartPlan) -> list[str]:
     effects = read_table(out / "comparison" / "effects.csv")
     chosen = ranking.measures[MEASURE]
     verdict = {sentence.partition(":")[0]: sentence.partition(": ")[2] for sentence in ranking.verdict}
-    agreement = next(s for s in ranking.verdict if s.startswith(f"{MEASURE} and {OTHER_MEASURE} "))
+    compared = (f"{MEASURE} and {OTHER_MEASURE} ", f"{MEASURE} is not compared with ")
+    agreement = next(sentence for sentence in ranking.verdict if sentence.startswith(compared))
     clusters = " -> ".join(_spans(cluster.tasks, curriculum.tasks) for cluster in curriculum.clusters)
     about = "; ".join(filter(None, [f"{MEASURE}, {chosen.unit}", chosen.note]))
     return [
@@ -139,9 +142,14 @@ def _named(measure: MeasureRanking, tasks: list[RankingTask], order: list[int]) 
     parts = []
     for index in order[:NAMED]:
         value, low, high = measure.value[index], measure.ci_low[index], measure.ci_high[index]
-        text = "not learned" if value is None else f"{value:.2g} [{low:.2g}, {high:.2g}]"
+        text = "not learned" if value is None else f"{value:.2g} [{_bound(low)}, {_bound(high)}]"
         parts.append(f"t {tasks[index].t_first}..{tasks[index].t_last} {text}")
     return ", ".join(parts)
+
+
+def _bound(value: float | None) -> str:
+    """An end of an interval, which may be open or, of one seed, not known."""
+    return "?" if value is None else f"{value:.2g}"
 
 
 def _spans(members: list[int], tasks: list[RankingTask]) -> str:

@@ -34,8 +34,8 @@ from difficulty.large import DataLost
 from difficulty.models import DENOISER_FILE, save_denoiser
 from difficulty.network_file import fingerprint_network, keep_network, network_of
 from difficulty.networks import build_network
-from difficulty.process import PROCESSES, Process
-from difficulty.process_file import read_process, write_process
+from difficulty.process import Process
+from difficulty.process_file import write_process
 from difficulty.ranking import RankingTask
 from difficulty.records import (
     RUN_FORMAT,
@@ -49,7 +49,7 @@ from difficulty.records import (
 )
 from training.checkpoint import load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
-from training.curriculum import Curriculum, known_process, tasks_of
+from training.curriculum import Curriculum, recorded_process, tasks_of
 from training.density import task_masses
 from training.heldout import HeldOut, HeldOutLoss
 from training.sampling import draw_samples
@@ -81,6 +81,7 @@ class Cadence:
         sample: sample grids.
         keep: checkpoints that stay.
         grid: samples of a grid.
+        watch: ``watch`` finds the averaged weights up to date where several processes share them, too.
     """
 
     evaluate: int = 100
@@ -88,9 +89,10 @@ class Cadence:
     sample: int = 500
     keep: int = 3
     grid: int = 64
+    watch: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.evaluate, self.checkpoint, self.sample) < 0 or min(self.keep, self.grid) < 1:
+        if min(self.evaluate, self.checkpoint, self.sample, self.watch) < 0 or min(self.keep, self.grid) < 1:
             raise InputError("intervals between writes must not be negative, and keep and grid at least 1")
 
 
@@ -176,9 +178,11 @@ def train(
             onward = f"; go on from it by --init-from {out} in a new folder" if isinstance(error, Diverged) else ""
             raise type(error)(f"{error}; the last good state is {kept} in {out}{onward}") from None
         trainer.report_heldout(heldout)
+        last = trainer.done == plan.steps
+        if cadence.watch and _now(cadence.watch, trainer.done, last):
+            trainer.gather()
         if watch and rank == 0:
             watch(trainer, float(loss))
-        last = trainer.done == plan.steps
         if last:
             trainer.sampler.finish(trainer.done)
         evaluated, saved = (_now(every, trainer.done, last) for every in (cadence.evaluate, cadence.checkpoint))
@@ -344,10 +348,7 @@ def restore(folder: Path, tell: Tell = silent) -> tuple[Denoiser, dict[str, Any]
     except RuntimeError as error:
         reason = first_line(error).rstrip(":")
         raise InputError(f"the weights of {folder} do not fit network {plan['network']!r} ({reason})") from None
-    if config["process"].get("name") in PROCESSES:
-        process = known_process(config["process"], f"the run in {folder}")
-    else:
-        process = read_process(folder, config["process"])
+    process = recorded_process(folder, config["process"], f"the run in {folder}")
     return Denoiser(network, process, plan["prediction"], config["data_std"]).eval(), config | {"step": state["step"]}
 
 

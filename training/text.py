@@ -213,7 +213,7 @@ def train_text_encoder(data: Dataset, seed: int = 0) -> TextEncoder:
             "name a folder with a text encoder instead"
         )
     captions = hashlib.sha256(json.dumps(data.captions).encode()).hexdigest()
-    facts = {"data": data.fingerprint, "captions": captions, "recipe": TINY, "seed": seed}
+    facts = {"data": data.fingerprint, "captions": captions, "recipe": TINY, "seed": seed, "version": 2}
     folder = cache_folder() / f"text-encoder-{digest(facts)[:24]}"
     if not folder.is_dir():
         model, tokenizer = _train_clip(data, seed)
@@ -276,7 +276,8 @@ def _train_tokenizer(captions: Sequence[str]) -> Any:
     """A byte-level BPE tokenizer (no word is unknown to it) of the captions' own words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-    special = ("<pad>", "<start>", "<end>")
+    # An end token of number 2 means an old CLIP to transformers, which then pools at the token of the highest number.
+    special = ("<pad>", "<start>", "<unused>", "<end>")
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -288,13 +289,13 @@ def _train_tokenizer(captions: Sequence[str]) -> Any:
         ),
     )
     bpe.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
     )
     return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=special[0],
         bos_token=special[1],
-        eos_token=special[2],
+        eos_token=special[3],
         model_max_length=int(TINY["tokens"]),
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -119,6 +119,15 @@ def test_k_diffusion_call_gives_sigmas_of_the_shape_and_type_asked_for():
         _draws("flow-matching").sigmas([4000])
 
 
+def test_a_curriculum_that_is_a_mapping_is_checked_like_a_file():
+    content = interval_curriculum(get_process("edm"), k=4).model_dump()
+    assert EDMLoss(content, 100).draws is not None
+    with pytest.raises(InputError, match="the mapping given states no format"):
+        EDMLoss({}, 100)
+    with pytest.raises(InputError, match="the mapping given is not a valid curriculum: clusters"):
+        EDMLoss(content | {"clusters": 3}, 100)
+
+
 def _edm_loss(tmp_path, pacing="fraction", options=None, **arguments):
     curriculum = interval_curriculum(get_process("edm"), k=4, pacing=pacing, pacing_options=options)
     curriculum.save(tmp_path / "c.json")

@@ -99,3 +99,18 @@ def test_folder_of_a_killed_write_is_never_read_and_is_removed(trainer, tmp_path
     assert load_latest(tmp_path) == (None, [])
     save_checkpoint(tmp_path, trainer.state_dict(), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_the_one_just_written(trainer, tmp_path):
+    for _ in range(2):
+        (save_checkpoint(tmp_path, trainer.state_dict(), keep=3) / "ema.safetensors").write_bytes(b"")
+        trainer.step()
+    early = trainer.state_dict() | {"step": 1}
+    written = save_checkpoint(tmp_path, early, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [written.name]
+    assert load_latest(tmp_path)[0]["step"] == 1
+
+
+def test_a_heldout_loss_that_is_not_finite_is_kept_as_null(trainer, tmp_path):
+    save_checkpoint(tmp_path, trainer.state_dict() | {"log": {"curve": [[1, float("nan"), float("inf")]]}}, keep=1)
+    assert load_latest(tmp_path)[0]["log"] == {"curve": [[1, None, None]]}

@@ -6,6 +6,7 @@ import pytest
 from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
 from training.clusters import INTERVAL_METHODS, METHODS, ORDERS, interval_cuts, order_clusters, split_by_value
+from training.curriculum_builders import interval_curriculum
 from training.density import finite_log_snr
 
 VALUES = [9.0, 10.0, 1.0, 1.1, 10.5, 0.1, 0.11, 0.12]
@@ -109,3 +110,14 @@ def test_impossible_numbers_of_clusters_and_unknown_methods_are_refused(k, metho
 def test_kmeans_refuses_more_clusters_than_distinct_values():
     with pytest.raises(InputError, match="distinct"):
         split_by_value([1.0, 1.0, 2.0], 3, "kmeans")
+
+
+@pytest.mark.parametrize("method", INTERVAL_METHODS)
+def test_pure_noise_is_no_interval_by_itself(method):
+    process = get_process("flow-matching:T=40")
+    edges = interval_cuts(process, 39, method)
+    assert edges == [*range(39), 40]
+    with pytest.raises(InputError, match="T - 1 = 39, got 40"):
+        interval_cuts(process, 40, method)
+    every = interval_curriculum(process, k=20)
+    assert every.tasks[-1].t_last == 40

@@ -13,6 +13,7 @@ from training import jobs, trainer
 from training.arms import ARMS, ArmSpec, choose_arms
 from training.batched import Stacked
 from training.compare import compare
+from training.curriculum_builders import interval_curriculum
 from training.effects import effects
 from training.excess import Excess
 from training.heldout import HeldOut
@@ -171,6 +172,47 @@ def test_order_is_judged_against_the_same_exposure_with_the_same_weight(gaussian
     effect = pd.read_csv(tmp_path / "effects.csv").query("arm == 'curriculum' and metric == 'nats'").iloc[0]
     answer = order_or_exposure(effect["verdict"], both["verdict"], exposure["verdict"])
     assert f"curriculum, nats, learning rate cosine: {answer} (against its own" in write_report(tmp_path)[0].read_text()
+
+
+def test_files_of_runs_and_settings_that_were_edited_cost_one_sentence(gaussian, process, tmp_path):
+    arms = ["vanilla", "p2"]
+    compare(gaussian, process, arms, out=tmp_path, **SMALL)
+    run = next((tmp_path / "runs").glob("*.json"))
+    kept = run.read_text()
+    for content in ("{}", "[]"):
+        run.write_text(content)
+        with pytest.raises(InputError, match=f"{run.name} is not the file of a finished run; delete it"):
+            compare(gaussian, process, arms, out=tmp_path, **SMALL)
+    run.write_text(kept)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(InputError, match="holds the results of another command"):
+        compare(gaussian, process, arms, out=tmp_path, **SMALL)
+
+
+def test_a_comparison_of_one_task_that_ends_in_pure_noise_is_drawn(gaussian, tmp_path):
+    process = get_process("flow-matching:T=40")
+    one = interval_curriculum(process, k=1)
+    compare(gaussian, process, {"vanilla": ArmSpec(), "one": ArmSpec(one)}, curriculum=one, out=tmp_path, **SMALL)
+    assert draw_folder(tmp_path)
+
+
+def test_an_arm_takes_a_weight_with_learned_uncertainty(process):
+    arms = choose_arms(["vanilla+min-snr+uncertainty"], None, process, 30)
+    assert arms["vanilla+min-snr+uncertainty"].weight == "min-snr+uncertainty"
+    with pytest.raises(InputError, match="two loss weights"):
+        choose_arms(["p2+min-snr"], None, process, 30)
+
+
+def test_runs_on_data_that_are_not_in_memory_are_trained_alone_and_continued(tmp_path, process, monkeypatch):
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    Image = pytest.importorskip("PIL.Image")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i:03d}.png")
+    data = load_dataset(tmp_path, resident=40)
+    assert data.large is not None
+    options = SMALL | {"samples": 40, "metrics": ["sw-pixels"]}
+    table = compare(data, process, ["vanilla", "p2"], out=tmp_path / "c", **options)
+    assert set(table["metric"]) == {"nats", "loss", "sw-pixels"}
 
 
 def test_order_is_told_of_a_baseline_too(gaussian, process, curriculum, tmp_path):

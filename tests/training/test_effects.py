@@ -4,7 +4,14 @@ import pytest
 from scipy import stats
 
 from difficulty.errors import InputError
-from training.effects import effects, holm, iterations_to_baseline, paired_intervals
+from training.effects import (
+    effects,
+    holm,
+    iterations_to_baseline,
+    paired_effects,
+    paired_intervals,
+    with_verdicts,
+)
 
 
 def _results(values, schedule="cosine"):
@@ -166,3 +173,15 @@ def test_interval_over_seeds_is_that_of_the_t_test():
     for row, (middle, low, high) in zip(differences.to_numpy(), found.to_numpy(), strict=True):
         interval = stats.ttest_1samp(row, 0).confidence_interval(0.95)
         assert (middle, low, high) == pytest.approx((row.mean(), interval.low, interval.high))
+
+
+def test_effects_on_several_baselines_are_corrected_together():
+    rng = np.random.default_rng(0)
+    names = ["a", "a-copy", "b", "b-copy"]
+    drawn = {name: np.exp(0.1 * rng.standard_normal(6) + 0.1 * i) for i, name in enumerate(names)}
+    results = _results({name: {"loss": values} for name, values in drawn.items()})
+    pairs = [results[results["arm"].isin(pair)] for pair in (names[:2], names[2:])]
+    raw = [paired_effects(pair, baseline) for pair, baseline in zip(pairs, ("a-copy", "b-copy"), strict=True)]
+    table = with_verdicts(pd.concat(raw))
+    np.testing.assert_allclose(table["p_holm"], holm(table["p"].tolist()))
+    assert len(table) == 2

@@ -4,6 +4,7 @@ import torch
 
 from difficulty.denoiser import Denoiser
 from difficulty.networks import build_network
+from difficulty.process import get_process
 from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
 from training.curriculum import tasks_of
@@ -86,3 +87,17 @@ def test_every_process_computes_its_part_of_a_check_and_is_told_the_whole(
         check(rank, 2, lambda part: parts.append(part) or torch.cat([part, part]))
     assert [len(part) for part in parts] == [(len(alone) + 1) // 2] * 2
     assert check(0, 2, lambda part: torch.cat(parts)) == pytest.approx(alone, rel=1e-5)
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x, log_snr):
+        return torch.where(torch.arange(len(x))[:, None] % 4 == 0, torch.nan, x)
+
+
+@pytest.mark.parametrize("process", ["vp-linear:T=50", "flow-matching:T=50"])
+def test_a_network_that_returns_nan_has_no_nats(gaussian, process):
+    process = get_process(process)
+    heldout = HeldOut(gaussian, process, tasks_of(None, process), per_task=8)
+    assert np.isnan(heldout.evaluate(Denoiser(Broken(), process, "eps", 0.5)).nats)
+    sound = heldout.evaluate(Denoiser(build_network("mlp:width=8", gaussian.shape, 0), process, "x0", 0.5))
+    assert np.isfinite(sound.nats)  # where alpha is 0 eps cannot be read from x0, and nothing is lost by that

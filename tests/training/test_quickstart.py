@@ -52,6 +52,15 @@ def test_the_summary_says_what_was_found_in_about_a_dozen_lines(folder):
         assert phrase in text
 
 
+def test_two_tasks_and_one_seed_have_a_summary_too(tmp_path):
+    few = ["--tasks", "2", "--expert-seeds", "1", "--compare-seeds", "1", "--process", "vp-linear:T=20"]
+    few += ["--expert-budget", "20", "--steps", "20", "--network", "mlp:width=16", "--workers", "1"]
+    assert run("quickstart", "grid-2d:n=300", "--out", tmp_path / "few", *few) == 0
+    text = (tmp_path / "few" / "summary.txt").read_text()
+    assert "Do the two agree? excess_nats is not compared with" in text
+    assert "[?, ?]" in text
+
+
 def test_a_second_call_gives_the_same_summary(folder):
     before = (folder / "summary.txt").read_text()
     assert run("quickstart", "grid-2d:n=300", "--out", folder, *SMALL) == 0

@@ -460,3 +460,11 @@ def test_disk_that_fills_up_costs_one_sentence_and_the_run_goes_on_once_there_is
 def test_a_process_of_few_timesteps_is_trained_in_as_many_tasks(process, tasks, gaussian, tmp_path):
     train(gaussian, get_process(process), PLAN, tmp_path / "run", cadence=CADENCE)
     assert pd.read_csv(tmp_path / "run" / "losses.csv")["task"].nunique() == tasks
+
+
+@pytest.mark.parametrize("spec", ["vp-linear:T=60,beta_last=0.05", "edm:T=60,rho=3.0"])
+def test_a_run_of_a_built_in_process_with_options_is_read_back(spec, gaussian, tmp_path):
+    process = get_process(spec)
+    train(gaussian, process, replace(PLAN, steps=3), tmp_path / "run", cadence=CADENCE)
+    denoiser, _ = restore(tmp_path / "run")
+    assert denoiser.process.fingerprint == process.fingerprint

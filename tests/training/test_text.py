@@ -146,6 +146,18 @@ def test_other_weights_are_another_encoder(folders, tmp_path):
     assert not torch.equal(changed.table(["left"]).text.tokens, before.table(["left"]).text.tokens)
 
 
+def test_captions_that_differ_in_one_word_have_summaries_of_their_own(monkeypatch):
+    monkeypatch.setitem(text.TINY, "steps", 20)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 200)
+    pictures = 0.1 * rng.normal(size=(200, 1, 4, 4)) + labels[:, None, None, None] / 10
+    data = split_samples("numbered", pictures, captions=[f"digit={label}" for label in labels])
+    captions = [f"digit={label}" for label in range(10)]
+    pooled = train_text_encoder(data).table(captions).of(captions).pooled
+    apart = (pooled[:, None] - pooled[None]).abs().amax(-1)
+    assert apart[~torch.eye(10, dtype=bool)].min() > 1e-3
+
+
 def test_long_captions_are_cut_off_with_a_sentence(tiny):
     told = []
     tiny.table(["left " * 100], told.append)

@@ -52,7 +52,7 @@ class EDMLoss:
         if isinstance(curriculum, str | Path):
             order = Curriculum.load(curriculum)
         else:
-            order = Curriculum.model_validate(curriculum)
+            order = Curriculum.parse(curriculum)
         # Contents, not paths: a snapshot is unpickled on other machines, and when the files are gone.
         self.arguments = {
             "curriculum": order.model_dump(), "budget": budget, "process": replace(chosen, closed_form=None),

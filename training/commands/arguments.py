@@ -8,10 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from difficulty.process import PROCESSES, Process, get_process
-from difficulty.process_file import read_process
+from difficulty.process import Process, get_process
 from difficulty.ranking import Ranking
-from training.curriculum import Curriculum, known_process
+from training.curriculum import Curriculum, known_process, recorded_process
 
 Text = Annotated[str, tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
@@ -30,10 +29,7 @@ def chosen_process(name: str | None, curriculum: Curriculum | None, source: str)
 
 
 def ranked_process(name: str | None, ranking: Ranking, path: Path) -> Process:
-    """The process named, or that of the ranking at ``path``, from the process.csv beside it if it is not built in."""
+    """The process named, or that of the ranking at ``path``."""
     if name is not None:
         return get_process(name)
-    folder = path if path.is_dir() else path.parent
-    if ranking.process.get("name") not in PROCESSES and (folder / "process.csv").exists():
-        return read_process(folder, ranking.process)
-    return known_process(ranking.process, str(path))
+    return recorded_process(path if path.is_dir() else path.parent, ranking.process, str(path))

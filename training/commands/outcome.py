@@ -126,7 +126,8 @@ def evaluate(
         device: cpu, cuda, or auto.
         json: Print as JSON what evaluation.json in the folder then holds in any case.
     """
-    check_enough("samples", samples)
+    if metrics:
+        check_enough("samples", samples)
     denoiser, config = restore(folder, warn)
     where = chosen_device(device)
     denoiser.to(where)

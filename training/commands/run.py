@@ -162,7 +162,9 @@ def run(
         condition_dropout=condition_dropout,
         seed=seed,
     )
-    cadence = Cadence(evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep)
+    cadence = Cadence(
+        evaluate=evaluate_every, checkpoint=checkpoint_every, sample=sample_every, keep=keep, watch=probe_every
+    )
     probe = ProbeLog(dataset, forward, plan, out, probe_every, floor_from) if probe_every and rank == 0 else None
     events = EventLog(out / "tensorboard") if tensorboard and rank == 0 else None
     bar = tqdm(total=steps, desc="training", mininterval=0.5, file=sys.stderr, disable=json or rank > 0 or None)
