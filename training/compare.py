@@ -41,9 +41,7 @@ from training.effects import (
     arms_without_order,
     effects,
     iterations_to_baseline,
-    paired_effects,
     paired_intervals,
-    with_verdicts,
 )
 from training.jobs import HELD_OUT, Job, Setting, group_jobs, run_file
 from training.metrics import check_enough, check_metrics
@@ -268,12 +266,14 @@ def _run_all(
 
 
 def _order_effects(final: pd.DataFrame, arms: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Effects of the arms whose exposure another arm copies, against that arm: what their order alone does."""
+    """Effects of the arms whose exposure another arm copies, against that arm: what their order alone does.
+
+    Every pair is a question, and a family of p values, of its own.
+    """
     tables = [
-        paired_effects(final[final["arm"].isin([arm, copy])], baseline=copy)
-        for arm, copy in arms_without_order(arms).items()
+        effects(final[final["arm"].isin([arm, copy])], baseline=copy) for arm, copy in arms_without_order(arms).items()
     ]
-    return with_verdicts(pd.concat(tables)) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
+    return pd.concat(tables) if tables else pd.DataFrame(columns=list(EFFECT_COLUMNS))
 
 
 def _exposure(runs: pd.DataFrame, T: int) -> pd.DataFrame:

@@ -5,29 +5,32 @@ For arm a, metric m, learning-rate schedule and seed s, against the baseline b u
     d_s = log m_a(s) - log m_b(s),      mean d,  interval  d +- t_{n-1} sd/sqrt(n),  p of the paired t-test
 
 so that -0.01 reads "1 % lower". Every metric is better when smaller. The p values of all arms, metrics and schedules of
-one comparison are corrected together (Holm 1979), A/A arms left out: they are no hypotheses but the noise floor. The
-minimal detectable effect is the |d| that a two-sided test at 5 % would find with probability 80 % at this sd and n.
-Pairing can make an effect certain that is too small to matter: one whose interval lies within +- 1 % is called so.
+one comparison are corrected together (Holm 1979), A/A arms left out: they are no hypotheses but the noise floor. Of a
+curriculum against its own exposure without order (order.csv) every pair is a question, and a family, of its own. The
+minimal detectable effect is the |d| that a two-sided test of it alone at 5 %, without correction for others, would find
+with probability 80 % at this sd and n (noncentral t). Pairing can make an effect certain that is too small to matter:
+one whose interval lies within +- 1 % is called so.
 """
 
 __all__ = [
     "EFFECT_COLUMNS",
     "arms_again",
     "arms_without_order",
+    "detectable",
     "effects",
     "holm",
     "iterations_to_baseline",
-    "paired_effects",
     "paired_intervals",
-    "with_verdicts",
 ]
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.optimize import brentq
 
 from difficulty.errors import InputError
 from difficulty.process import Array
@@ -74,30 +77,16 @@ def arms_without_order(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -> pd.DataFrame:
-    """Paired effects of every arm on every metric, with verdicts.
-
-    Args:
-        results, baseline: as of ``paired_effects``.
-        again: arms that repeat the baseline with fresh seeds (A/A).
-
-    Returns:
-        Columns ``EFFECT_COLUMNS``, see ``with_verdicts``.
-
-    Raises:
-        InputError: as ``paired_effects``.
-    """
-    return with_verdicts(paired_effects(results, baseline), again)
-
-
-def paired_effects(results: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Paired effects of every arm on every metric.
 
     Args:
         results: columns arm, lr_schedule, seed, metric, value; value positive, smaller is better.
         baseline: the arm that the others are compared with.
+        again: arms that repeat the baseline with fresh seeds (A/A).
 
     Returns:
-        ``EFFECT_COLUMNS`` but for the last three columns. With one seed there is no interval.
+        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric
+        and schedule, NaN without one. With one seed there is no interval and no verdict.
 
     Raises:
         InputError: if the baseline is missing, arms have different seeds, or a value is not positive.
@@ -116,21 +105,7 @@ def paired_effects(results: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 if arm != baseline:
                     key = {"arm": arm, "lr_schedule": schedule, "metric": metric}
                     rows.append(key | _paired(logs[schedule, metric, arm] - logs[schedule, metric, baseline]))
-    return pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
-
-
-def with_verdicts(table: pd.DataFrame, again: Collection[str] = ()) -> pd.DataFrame:
-    """Effects with p values corrected together and a verdict on each.
-
-    Args:
-        table: of ``paired_effects``; of several baselines where their effects are one family.
-        again: as of ``effects``.
-
-    Returns:
-        Columns ``EFFECT_COLUMNS``. ``noise_floor`` is the half width of the interval of the A/A arm for the metric
-        and schedule, NaN without one. With one seed there is no verdict.
-    """
-    table = table.reset_index(drop=True)
+    table = pd.DataFrame(rows, columns=[c for c in EFFECT_COLUMNS if c not in ("p_holm", "noise_floor", "verdict")])
     judged = ~table["arm"].isin(list(again)) & table["p"].notna()
     table["p_holm"] = np.nan
     table.loc[judged, "p_holm"] = holm(table.loc[judged, "p"].tolist())
@@ -162,8 +137,22 @@ def _paired(d: Array) -> dict[str, float]:
     half = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * se
     # Arms that train identically differ by exactly 0 on every seed: there is nothing to test.
     p = float(2 * stats.t.sf(abs(mean) / se, n - 1)) if se > 0 else float(mean == 0)
-    mde = (stats.t.ppf(0.5 + LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * se
-    return {"seeds": n, "log_ratio": mean, "ci_low": mean - half, "ci_high": mean + half, "p": p, "mde": float(mde)}
+    mde = detectable(n) * se
+    return {"seeds": n, "log_ratio": mean, "ci_low": mean - half, "ci_high": mean + half, "p": p, "mde": mde}
+
+
+@functools.cache
+def detectable(n: int) -> float:
+    """The effect, in standard errors of a mean of n, that a two-sided t-test at 5 % finds with probability 80 %."""
+    critical = stats.t.ppf(0.5 + LEVEL / 2, n - 1)
+    # Averaged over the estimated deviations, since scipy's noncentral t is NaN far out with one degree of freedom.
+    deviation = np.sqrt(stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1) / (n - 1))
+
+    def power(effect: float) -> float:
+        beyond = stats.norm.sf(critical * deviation - effect) + stats.norm.cdf(-critical * deviation - effect)
+        return float(beyond.mean())
+
+    return float(brentq(lambda effect: power(effect) - POWER, 1.0, 1.5 * critical + 2.0))
 
 
 def _verdict(log_ratio: float, ci_low: float, ci_high: float, p_holm: float, is_again: bool) -> str:

@@ -124,6 +124,8 @@ def order_or_exposure(effect: str, order: str, exposure: str) -> str:
         exposure: of that histogram against the baseline.
     """
     word = effect.partition(",")[0]
+    if word == "one seed":
+        return "one seed tells nothing"
     if word not in ("helps", "hurts"):
         return "no difference shown, so there is nothing to explain"
     by_order, by_exposure = (verdict.startswith(word) for verdict in (order, exposure))
@@ -169,7 +171,8 @@ def _effects(effects: pd.DataFrame) -> Section:
         "Effects",
         [
             "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after "
-            "Holm's correction over the table. Detectable: found with probability 80 % at this spread."
+            "Holm's correction over the table. Detectable: found with probability 80 % at this spread by a test of it "
+            "alone, without that correction."
         ],
         table,
     )

@@ -4,14 +4,7 @@ import pytest
 from scipy import stats
 
 from difficulty.errors import InputError
-from training.effects import (
-    effects,
-    holm,
-    iterations_to_baseline,
-    paired_effects,
-    paired_intervals,
-    with_verdicts,
-)
+from training.effects import detectable, effects, holm, iterations_to_baseline, paired_intervals
 
 
 def _results(values, schedule="cosine"):
@@ -57,6 +50,13 @@ def test_holm_keeps_the_rate_of_any_false_claim_over_many_arms():
     # the arms share their baseline, so the tests are dependent and Holm is conservative
     any_claim = np.mean([(verdicts != "no difference shown").any() for verdicts in claims])
     assert any_claim <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_the_detectable_effect_is_found_four_times_in_five_however_few_seeds_there_are(n):
+    drawn = detectable(n) / np.sqrt(n) + np.random.default_rng(n).standard_normal((100_000, n))
+    found = stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.005)
 
 
 def test_effect_of_the_minimal_detectable_size_is_found_four_times_in_five():
@@ -173,15 +173,3 @@ def test_interval_over_seeds_is_that_of_the_t_test():
     for row, (middle, low, high) in zip(differences.to_numpy(), found.to_numpy(), strict=True):
         interval = stats.ttest_1samp(row, 0).confidence_interval(0.95)
         assert (middle, low, high) == pytest.approx((row.mean(), interval.low, interval.high))
-
-
-def test_effects_on_several_baselines_are_corrected_together():
-    rng = np.random.default_rng(0)
-    names = ["a", "a-copy", "b", "b-copy"]
-    drawn = {name: np.exp(0.1 * rng.standard_normal(6) + 0.1 * i) for i, name in enumerate(names)}
-    results = _results({name: {"loss": values} for name, values in drawn.items()})
-    pairs = [results[results["arm"].isin(pair)] for pair in (names[:2], names[2:])]
-    raw = [paired_effects(pair, baseline) for pair, baseline in zip(pairs, ("a-copy", "b-copy"), strict=True)]
-    table = with_verdicts(pd.concat(raw))
-    np.testing.assert_allclose(table["p_holm"], holm(table["p"].tolist()))
-    assert len(table) == 2
