@@ -47,11 +47,12 @@ from difficulty.records import (
     write_json,
     write_table,
 )
-from training.checkpoint import load_latest, save_checkpoint
+from training.checkpoint import list_checkpoints, load_latest, save_checkpoint
 from training.conditional import ConditionalNetwork, conditional_network
 from training.curriculum import Curriculum, recorded_process, tasks_of
 from training.density import task_masses
 from training.heldout import HeldOut, HeldOutLoss
+from training.parallel import Sharded
 from training.sampling import draw_samples
 from training.text import TextTable
 from training.timesteps import coverage_rows, stage_rows
@@ -81,7 +82,7 @@ class Cadence:
         sample: sample grids.
         keep: checkpoints that stay.
         grid: samples of a grid.
-        watch: ``watch`` finds the averaged weights up to date where several processes share them, too.
+        watch: the averaged weights are brought up to date for ``watch`` where processes have parts of them.
     """
 
     evaluate: int = 100
@@ -170,10 +171,14 @@ def train(
         except (Diverged, DataLost) as error:
             # All processes see that the loss diverged; data may be lost to one alone, and saving needs all of them.
             trainer.sampler.take_back(trainer.done)
+            if isinstance(error, Diverged) and not _sound(trainer, heldout):
+                earlier = list_checkpoints(out / "checkpoints")
+                good = f"the last good state is {earlier[-1].name} in {out}" if earlier else "there is no checkpoint yet"
+                raise Diverged(f"{error}, its weights have grown too large; {good}; lower the learning rate") from None
             alone = world > 1 and isinstance(error, DataLost)
-            good = None if alone else trainer.state_dict()
-            if rank == 0 and good is not None:
-                save_checkpoint(out / "checkpoints", good | {"log": log}, cadence.keep)
+            state = None if alone else trainer.state_dict()
+            if rank == 0 and state is not None:
+                save_checkpoint(out / "checkpoints", state | {"log": log}, cadence.keep)
             kept = "the last checkpoint" if alone else f"checkpoint {trainer.done}"
             onward = f"; go on from it by --init-from {out} in a new folder" if isinstance(error, Diverged) else ""
             raise type(error)(f"{error}; the last good state is {kept} in {out}{onward}") from None
@@ -221,6 +226,11 @@ def train(
     if run["status"] != "finished":
         finish_run(out, run, wall_seconds=wall_seconds())
     return trainer
+
+
+def _sound(trainer: Trainer, heldout: HeldOut) -> bool:
+    """Whether the weights give a finite held-out loss; taken for granted of weights that processes have parts of."""
+    return isinstance(trainer.parallel, Sharded) or bool(np.isfinite(heldout.evaluate(trainer.denoiser).loss))
 
 
 def _now(every: int, done: int, last: bool) -> bool:

@@ -36,8 +36,12 @@ plan = TrainPlan(steps=60, batch=16, network="mlp:width=8,depth=2", weight="min-
 data, process = load_dataset("gaussian:dim=4,var=0.25,n=400"), get_process("vp-linear:T=80")
 curriculum = Curriculum.load(folder / "c.json")
 for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp"), ("continued-one", "fsdp")):
-    cadence = Cadence(evaluate=20, checkpoint=20, sample=0)
-    train(data, process, plan, folder / name, curriculum, cadence=cadence, parallel=parallel)
+    cadence = Cadence(evaluate=20, checkpoint=20, sample=0, watch=30)
+    def watch(trainer, loss):
+        if trainer.done == 30:  # neither evaluated nor kept
+            size = sum(value.abs().sum() for value in trainer.ema.parameters())
+            (folder / f"{name}.txt").write_text(str(float(size)))
+    train(data, process, plan, folder / name, curriculum, cadence=cadence, parallel=parallel, watch=watch)
 """
 
 
@@ -81,6 +85,9 @@ def test_two_processes_train_as_one_does_however_they_share_the_weights(
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # What watches a run sees the averaged weights of that moment, cut or not.
+    watched = [float((tmp_path / f"{name}.txt").read_text()) for name in ("ddp", "fsdp")]
+    np.testing.assert_allclose(*watched, rtol=1e-5)
     # A checkpoint of cut weights is whole: one process goes on with it.
     _without_the_last_checkpoint(tmp_path / "fsdp", tmp_path / "continued-fsdp")
     train(gaussian, process, PLAN, tmp_path / "continued-fsdp", curriculum, cadence=CADENCE)
