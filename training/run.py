@@ -173,7 +173,7 @@ def train(
             trainer.sampler.take_back(trainer.done)
             if isinstance(error, Diverged) and not _sound(trainer, heldout):
                 earlier = list_checkpoints(out / "checkpoints")
-                good = f"the last good state is {earlier[-1].name} in {out}" if earlier else "there is no checkpoint yet"
+                good = f"{earlier[-1].name} in {out} is the last good state" if earlier else "there is no checkpoint"
                 raise Diverged(f"{error}, its weights have grown too large; {good}; lower the learning rate") from None
             alone = world > 1 and isinstance(error, DataLost)
             state = None if alone else trainer.state_dict()

@@ -222,7 +222,7 @@ def test_loss_that_becomes_nan_keeps_the_last_good_state_and_says_where(gaussian
 
 def test_a_state_whose_weights_have_grown_too_large_is_not_kept_as_a_good_one(gaussian, process, tmp_path):
     wild = replace(PLAN, lr=1e30, warmup=0, clip=0.0)
-    with pytest.raises(Diverged, match="grown too large; there is no checkpoint yet; lower the learning rate"):
+    with pytest.raises(Diverged, match="grown too large; there is no checkpoint; lower the learning rate"):
         train(gaussian, process, wild, tmp_path / "run", cadence=CADENCE)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
