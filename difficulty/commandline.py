@@ -2,16 +2,17 @@
 
 Exit code 0 means done, 1 that a check found what it was looking for (such as an invalid file), 2 that the input cannot
 be used as given: the message on stderr is one sentence and nothing was half-written. Ctrl-C ends with 130, and output
-that nobody reads on (``| head``) with 141, quietly, as the shell's own commands do. Any other exception is a defect of
-ours and keeps its traceback.
+that nobody reads on (``| head``) with 141, quietly, as the shell's own commands do. Warnings are a line each, without
+the place in the code. Any other exception is a defect of ours and keeps its traceback.
 """
 
-__all__ = ["given_command", "run_cli"]
+__all__ = ["given_command", "plain_warnings", "run_cli"]
 
 import contextvars
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def run_cli(
     """
     import tyro
 
+    before = plain_warnings()
     token = _given.set(shlex.join([prog, *(sys.argv[1:] if args is None else args)]))
     try:
         try:
@@ -62,7 +64,15 @@ def run_cli(
         return 130
     finally:
         _given.reset(token)
+        warnings.formatwarning = before
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def plain_warnings() -> Callable[..., str]:
+    """Let warnings be written as one line for the user; returns how they were written before."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
+    return before
 
 
 def _reader_has_gone() -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from difficulty.commandline import plain_warnings
 from difficulty.errors import InputError
 from difficulty.threads import one_thread
 from training.jobs import Job, Setting, run_group
@@ -67,6 +68,7 @@ def _begin_worker(shared: bytes) -> None:
     global _shared
     # Ctrl-C reaches the workers too; they end without a word and leave the sentence to the parent.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    plain_warnings()
     sys.stdout = sys.stderr  # what the user's functions print; standard output is for the parent's result
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -216,6 +216,16 @@ def test_output_that_nobody_reads_on_ends_a_command_quietly(command, unbuffered)
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_warning_is_one_line_without_its_place_in_the_code():
+    code = (
+        "import sys, warnings; from difficulty.commandline import run_cli\n"
+        "def one():\n    'One.'\n    warnings.warn('stage 2 had no iterations')\n"
+        "sys.exit(run_cli({'one': one, 'two': one}, 'difficulty', '', ['one']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: stage 2 had no iterations\n")
+
+
 def test_a_broken_pipe_that_is_not_the_output_keeps_its_traceback():
     def broken():
         """Talk to a process that has gone."""
