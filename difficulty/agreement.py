@@ -286,7 +286,7 @@ def _edges(side: _Side) -> Array:
     """Log-SNR (K+1,) from clean to noisy at which one task ends and the next begins; the last finite one ends it."""
     last = side.tasks[-1].log_snr_low
     if not np.isfinite(last):
-        last = float(side.process.log_snr(side.process.T - 1))
+        last = float(side.process.log_snr(side.process.noisiest))
     return np.array([*(task.log_snr_high for task in side.tasks), last])
 
 

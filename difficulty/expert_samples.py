@@ -193,7 +193,7 @@ def _metrics(reference: Array) -> Mapping[str, Callable[[Array], float]]:
 def _steps_in(task: Task, process: Process, count: int) -> npt.NDArray[np.int64]:
     """Timesteps (count + 1,) from the noisy end of a task to the noisy end of the next; equal ones are no step."""
     # Where alpha is 0 nothing can be told about x0: the last timestep with signal begins.
-    last = min(task.last, process.T - 1) if process.alpha[-1] == 0 else task.last
+    last = min(task.last, process.noisiest)
     # Rounded up, so that t = 0 is reached by the last step only.
     return np.ceil(np.linspace(last, task.first - 1, count + 1) - 1e-9).astype(np.int64).clip(max=last)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from difficulty.errors import InputError
-from difficulty.heldout import standard_error
+from difficulty.heldout import standard_errors
 from difficulty.process import Array
 from difficulty.records import read_array
 
@@ -64,7 +64,7 @@ def over_floor(table: pd.DataFrame, own: Array, floor: Array, rows: npt.NDArray[
         rows: which held-out sample each draw takes, (K, M).
     """
     task = table["task"].to_numpy()
-    between = np.stack([standard_error(0.5 * (own[k] - floor[k]), rows[k]) for k in range(len(own))])
+    between = standard_errors(0.5 * (own - floor), rows)
     # A probed model below its floor is itself the best that its folder knows.
     own_se = table["excess_se"].where(table["excess_nats"] > 0, 0.0)
     return table.assign(

@@ -7,7 +7,7 @@ loss of the network that outputs zero.
 
 __all__ = [
     "Floors", "HeldOutDraws", "check_draws", "heldout_draws", "heldout_rows", "posterior_eps_at", "standard_error",
-    "task_draws", "zero_losses",
+    "standard_errors", "task_draws", "zero_losses",
 ]  # fmt: skip
 
 import functools
@@ -94,6 +94,11 @@ def standard_error(values: Array, rows: npt.NDArray[np.int64]) -> Array:
         residual = (values - values.mean(-1, keepdims=True))[..., order]
         squares = np.add.reduceat(residual, first, axis=-1) ** 2
         return np.asarray(np.sqrt(len(first) / (len(first) - 1) * squares.sum(-1)) / len(rows))
+
+
+def standard_errors(values: Array, rows: npt.NDArray[np.int64]) -> Array:
+    """Of the means of values (K, M) of K tasks, whose draws take the samples in ``rows`` (K, M); shape (K,)."""
+    return np.stack([standard_error(*of_task) for of_task in zip(values, rows, strict=True)])
 
 
 def heldout_draws(dataset: Dataset, tasks: Sequence[Task], count: int) -> HeldOutDraws:

@@ -36,7 +36,7 @@ from difficulty.devices import full_precision, same_to_rounding
 from difficulty.errors import InputError, first_line
 from difficulty.estimate import Estimate
 from difficulty.floors import FLOOR_FILE, joint_floor, read_floor
-from difficulty.heldout import Floors, HeldOutDraws, check_draws, heldout_rows, standard_error, task_draws
+from difficulty.heldout import Floors, HeldOutDraws, check_draws, heldout_rows, standard_errors, task_draws
 from difficulty.intervals import Z90
 from difficulty.latents import autoencoder_of, check_posterior, latent_dataset
 from difficulty.measurement_folder import check_config
@@ -249,11 +249,8 @@ class Prober:
         snr = np.exp([task.log_snr_high for task in self.tasks])
         rounding = self.dataset.dim * np.finfo(np.float32).eps ** 2 * (1 + snr)
         rows = heldout_rows(len(self.dataset.heldout), self.tasks, self.draws)
-        se, loss_se, gain_se = (
-            np.stack([standard_error(own, row) for own, row in zip(values, rows, strict=True)])
-            for values in (excess, losses, gain)
-        )
-        se = np.hypot(se, rounding)
+        excess_se, loss_se, gain_se = (standard_errors(values, rows) for values in (excess, losses, gain))
+        se = np.hypot(excess_se, rounding)
         columns = {
             "task": np.arange(len(self.tasks)),
             "t_first": [task.first for task in self.tasks],

@@ -74,6 +74,11 @@ class Process:
         """Number of timesteps."""
         return len(self.alpha) - 1
 
+    @property
+    def noisiest(self) -> int:
+        """The last timestep that still has signal: T, or T - 1 where alpha ends at 0 and T is pure noise."""
+        return self.T if self.alpha[-1] > 0 else self.T - 1
+
     def alpha_sigma(self, t: npt.ArrayLike) -> tuple[Array, Array]:
         """Signal and noise scale at t, exact on the grid.
 

@@ -132,8 +132,7 @@ def equal_burden(tau: Array, rate: Array, process: Process, experts: int) -> Bou
         InputError: if K is below 1 or the process and the rate do not overlap.
     """
     check_experts(experts)
-    last = process.T if np.isfinite(process.tau(process.T)) else process.T - 1
-    low, high = max(tau[0], float(process.tau(1))), min(tau[-1], float(process.tau(last)))
+    low, high = max(tau[0], float(process.tau(1))), min(tau[-1], float(process.tau(process.noisiest)))
     if low >= high:
         raise InputError(f"process {process.name!r} and the profile have no common range of log-SNR")
     fine = np.linspace(low, high, 2001)

@@ -51,8 +51,7 @@ def _equal_t(process: Process, count: int) -> Array:
 
 def _equal_log_snr(process: Process, count: int) -> Array:
     # Flow matching ends at log-SNR = -inf: its last finite step bounds the grid and T joins the last task.
-    last = process.T if process.alpha[-1] > 0 else process.T - 1
-    edges = process.t_at(np.linspace(process.log_snr(1), process.log_snr(last), count + 1))
+    edges = process.t_at(np.linspace(process.log_snr(1), process.log_snr(process.noisiest), count + 1))
     edges[0], edges[-1] = 0, process.T
     return edges
 
@@ -72,8 +71,9 @@ def make_tasks(process: Process, count: int = 20, grid: str = "t") -> list[Task]
         InputError: if the grid is unknown or there are more tasks than timesteps.
     """
     # Pure noise, where alpha is 0, is no task by itself: it joins the last one.
-    noisiest, name = (process.T, "T") if process.alpha[-1] > 0 else (process.T - 1, "T - 1")
+    noisiest = process.noisiest
     if not 1 <= count <= noisiest:
+        name = "T" if noisiest == process.T else "T - 1"
         raise InputError(f"the number of tasks must lie in 1..{name} = {noisiest}, got {count}")
     edges = np.floor(choose("task grid", grid, GRIDS)(process, count) + 1e-9).astype(int)
     steps = np.arange(count + 1)

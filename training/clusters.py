@@ -142,9 +142,10 @@ def interval_cuts(process: Process, k: int, method: str) -> list[int]:
         is 0, is no interval by itself: it joins the last one.
     """
     z = choose("interval method", method, INTERVAL_METHODS)(process)
-    T, name = (process.T, "T") if process.alpha[-1] > 0 else (process.T - 1, "T - 1")
+    T = process.noisiest
     z = z[:T]
     if not 1 <= k <= T:
+        name = "T" if process.T == T else "T - 1"
         raise InputError(f"the number of intervals must lie in 1..{name} = {T}, got {k}")
     total = np.concatenate([[0.0], np.cumsum(z)])
     i, j = np.meshgrid(np.arange(T), np.arange(1, T + 1), indexing="ij")

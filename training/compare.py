@@ -257,7 +257,7 @@ def _run_all(
     done = before + len(jobs) - len(pending)
     if progress and pending:  # the first group may take a minute
         progress(pending[0].label, done, total)
-    for group, results in runner(group_jobs(setting, pending, max(workers, 1))):
+    for group, results in runner(group_jobs(setting, pending, workers)):
         for job, result in zip(group, results, strict=True):
             write_json(job.file, result)
         done += len(group)

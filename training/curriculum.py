@@ -247,8 +247,7 @@ def tasks_of(curriculum: Curriculum | None, process: Process) -> list[RankingTas
     """The tasks of the curriculum, or without one twenty of equal width in t, or as many as there are timesteps."""
     if curriculum:
         return curriculum.tasks
-    most = process.T if process.alpha[-1] > 0 else process.T - 1  # pure noise is no task by itself
-    return [RankingTask.of(task, process) for task in make_tasks(process, min(TASKS, most))]
+    return [RankingTask.of(task, process) for task in make_tasks(process, min(TASKS, process.noisiest))]
 
 
 def _agree(stated: float | None, true: float | None, absolute: float) -> bool:

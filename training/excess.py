@@ -9,7 +9,6 @@ negative and the noise of eps is not in it.
 
 __all__ = ["Excess"]
 
-import numpy as np
 import torch
 
 from difficulty.datasets import Dataset
@@ -45,5 +44,4 @@ class Excess:
             estimate = denoiser.eps(alpha * x0 + sigma * eps, t).cpu()
             squares.append((estimate - self.posterior[part]).double().square().flatten(1).sum(1))
         shaped = torch.cat(squares).numpy().reshape(len(held.tasks), -1)
-        shaped = np.where(held.unreadable & ~np.isfinite(shaped), 0.0, shaped)
-        return float(0.5 * (shaped * held.log_snr_of_draw).sum())
+        return float(0.5 * (held.readable(shaped) * held.log_snr_of_draw).sum())

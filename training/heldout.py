@@ -75,8 +75,7 @@ class HeldOut:
         self.t = torch.from_numpy(t.astype(np.int64))
         self.condition = conditioning.heldout(torch.from_numpy(rows)) if conditioning else None
         self.dim, self.tasks, self.per_task = data.dim, list(tasks), per_task
-        # Where alpha is 0 eps may be impossible to read from the output, and there is no log-SNR either.
-        self.unreadable = (process.alpha[t.astype(np.int64)] == 0).reshape(len(tasks), -1)
+        self.pure_noise = (process.alpha[t.astype(np.int64)] == 0).reshape(len(tasks), -1)
         self.share = np.array(lengths) / sum(lengths)
         self.widths = np.concatenate([[0.0], log_snr_widths(process)])[t.astype(np.int64)].reshape(len(tasks), -1)
         # Each draw stands for length/per_task timesteps.
@@ -91,6 +90,10 @@ class HeldOut:
         condition = None if self.condition is None else self.condition[chosen]
         return self.x0[chosen], self.eps[chosen], self.t[chosen], condition
 
+    def readable(self, values: Array) -> Array:
+        """Values of the draws (K, per task), 0 where alpha is 0 and eps cannot be read from what a network returns."""
+        return np.where(self.pure_noise & ~np.isfinite(values), 0.0, values)
+
     @torch.no_grad()
     def evaluate(self, denoiser: Denoiser) -> HeldOutLoss:
         """Losses of a denoiser on the fixed draws."""
@@ -102,7 +105,7 @@ class HeldOut:
         per_draw = (own * factor).numpy()
         shaped = per_draw.reshape(len(self.tasks), -1)
         loss = own.numpy().reshape(len(self.tasks), -1).mean(1) / self.dim
-        shaped = np.where(self.unreadable & ~np.isfinite(shaped), 0.0, shaped)
+        shaped = self.readable(shaped)
         integral = 0.5 * (shaped * self.log_snr_of_draw).sum(1)
         return HeldOutLoss(
             nats_per_task=integral / self.log_snr_of_draw.sum(1),
@@ -115,7 +118,7 @@ class HeldOut:
     def nats_error(self, measured: HeldOutLoss) -> float:
         """Standard error of ``measured.nats`` over the draws of (x0, eps), tasks taken apart."""
         terms = 0.5 * measured.per_draw.reshape(len(self.tasks), -1) * self.log_snr_of_draw
-        terms = np.where(self.unreadable & ~np.isfinite(terms), 0.0, terms)
+        terms = self.readable(terms)
         apart = (terms - terms.mean(1, keepdims=True)).ravel()
         return float(len(apart) * standard_error(apart, self.rows))
 

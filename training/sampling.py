@@ -162,7 +162,7 @@ def sampling_grid(process: Process, steps: int, prediction: str, method: str = "
     if not 1 <= steps <= process.T:
         raise InputError(f"sampling steps must lie in 1..T = {process.T}, got {steps}")
     blind = sampler.divides_by_alpha or prediction.partition(":")[0] in ("eps", "score", "edm")
-    start = process.T - 1 if blind and process.alpha[-1] == 0 else process.T
+    start = process.noisiest if blind else process.T
     inner = np.rint(sampler.spacing(process, start, steps)).astype(int) if steps > 1 else np.array([start])
     return [*dict.fromkeys(inner.tolist()), 0]
 
