@@ -200,7 +200,9 @@ def learning_figure(folder: Path) -> "Figure":
     if len(positive):
         axes.set_yscale("log")
     else:
-        axes.text(0.5, 0.5, "no expert has an excess above zero", transform=axes.transAxes, ha="center", fontsize=9)
+        finite = np.isfinite(losses["excess_nats"]).any()
+        said = "no expert has an excess above zero" if finite else "all experts diverged"
+        axes.text(0.03, 0.94, said, transform=axes.transAxes, va="top", fontsize=9)
         axes.set_yticks([])
     axes.set_xlabel("iterations of each expert")
     kind = "Bayes loss" if (losses["floor_kind"] == "exact").all() else "best known loss"
