@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student_t
 
 from difficulty.convergence import SeedValues, summary_over_seeds
 from difficulty.errors import InputError
@@ -233,6 +234,16 @@ def test_of_equally_hard_tasks_few_are_said_to_be_harder_than_a_cleaner_one():
         found = convergence_estimates(summary_over_seeds("m", values, curves, values), 10)["m"]
         claims[2] += "fails" in ranking_of(m=found).verdict[0]
     assert max(claims.values()) <= 200 * 0.05 + 2 * np.sqrt(200 * 0.05 * 0.95)  # "fails" has two ways at 2.5 % each
+
+
+@pytest.mark.parametrize(("errors", "apart"), [((0.1, 0.1), 1), ((1e-9, np.sqrt(0.02)), 0)])
+def test_the_test_of_a_difference_has_the_degrees_of_welch(errors, apart):
+    # 3.5 standard errors apart: beyond the two-sided 5 % of Student's t with four degrees (2.8), not with two (4.3).
+    halves = np.array(errors) * student_t.ppf(0.95, 2)
+    two = estimate(np.exp([3.5 * np.sqrt(0.02), 0.0]), halves, degrees=2.0)
+    tasks = make_tasks(PROCESS, 2)
+    found = rank_tasks({"m": two}, tasks, PROCESS, dataset={"name": "test"}, grid="t", provenance={})
+    assert f"{apart} of 1 neighbours" in found.verdict[0]
 
 
 def test_tasks_that_differ_beyond_doubt_are_told_apart_however_many_there_are():
