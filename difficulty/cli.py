@@ -164,7 +164,7 @@ def probe(
     Example: difficulty probe runs/mine digits --out runs/probe
 
     Args:
-        model: a training run's folder, a denoiser.safetensors, a diffusers folder with its scheduler, or
+        model: an unconditional training run's folder, a denoiser.safetensors, a diffusers folder with its scheduler, or
             FILE.py:FUNCTION with FUNCTION(x_t, t) -> eps.
         data: built-in name (see `difficulty datasets`), array file, image folder, hf:NAME, or wds:PATTERN.
         out: folder to write.
@@ -221,11 +221,12 @@ def agree(
     Example: difficulty agree runs/eps runs/x0 runs/v-probe --measures excess_nats log_regret
 
     Folders are compared two by two, over their tasks if these are the same, else over the log-SNR that both cover; the
-    seeds of each measurement are compared too. Without an exact law all are given the best floor that any one knows.
+    seeds of each measurement are compared too. Without an exact law those of equal process and tasks are given the best
+    floor that any one knows.
 
     Args:
         folders: of `difficulty measure` or `difficulty probe`, all of the same data.
-        measures: by which the tasks are ordered, as named in ranking.json.
+        measures: by which the tasks are ordered, of convergence or relative entropy, as named in ranking.json.
         out: CSV file to write.
         json: print the table as JSON on standard output.
     """

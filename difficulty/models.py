@@ -170,7 +170,8 @@ def load_model(spec: str | Path, device: str = "cpu") -> TrainedModel:
     if any((path / name / "config.json").exists() for name in (".", *BACKBONES)):
         return _from_diffusers(path, device)
     raise InputError(
-        f"{text} is no model: give a {DENOISER_FILE}, a finished run's folder, a diffusers folder, or FILE.py:FUNCTION"
+        f"{text} is no model: give a {DENOISER_FILE}, a finished unconditional run's folder, a diffusers folder, or "
+        "FILE.py:FUNCTION"
     )
 
 

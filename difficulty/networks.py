@@ -54,7 +54,7 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Periods from 80 (one turn over the whole range) down to 2 units of log-SNR.
+        # Periods from 80 (half a turn over the whole range) down to 2 units of log-SNR.
         periods = torch.logspace(math.log10(80.0), math.log10(2.0), FREQUENCIES)
         self.register_buffer("frequencies", 2 * math.pi / periods, persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))

@@ -70,9 +70,11 @@ def digits_sentence():
         f"{found['kl'][t]:.2f} [{found['ci_low'][t]:.2f}, {found['ci_high'][t]:.2f}] at t = {t}"
         for t in (65, 100, 150, 250, 350)
     )
+    unsure = ", ".join(str(t) for t in (65, 100, 150, 250, 350) if not score.loc[t, "valid"])
     return (
-        "The mixture of the digits is refused at low t by their fourth cumulants. A small denoiser (`--estimator "
-        f"score`) finds so many times its value, with its own 90% intervals: {said}."
+        "The mixture of the digits is refused at low t: it lacks their fourth cumulants, or its errors add up to too "
+        "much. A small denoiser (`--estimator score`) finds so many times its value, with its own 90% intervals: "
+        f"{said}. At t = {unsure} its errors add up to too much, too."
     )
 
 

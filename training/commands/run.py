@@ -87,7 +87,8 @@ def run(
         batch: Samples per iteration, over all processes together.
         micro_batches: Parts into which each process cuts its samples to save memory.
         precision: fp32, or bf16 or fp16 for the forward and backward pass.
-        gradient_checkpointing: Compute the blocks of a dit again in the backward pass, to save memory.
+        gradient_checkpointing: Compute the blocks of a dit or a model of diffusers again in the backward pass, to
+            save memory.
         compile: Compile the network with torch.compile.
         parallel: How the processes of torchrun share the weights: ddp holds them in each, fsdp cuts them in parts.
         network: mlp, unet or dit, with options as in mlp:width=256; dit-s/2 to dit-xl/8; diffusers:config.json or
