@@ -85,11 +85,13 @@ def standard_error(values: Array, rows: npt.NDArray[np.int64]) -> Array:
     1986, Biometrika 73, p. 13); where every draw has a sample of its own that is the usual one.
 
     Args:
-        values: NaN or infinite ones make the error NaN.
+        values: NaN or infinite ones make the error NaN, as does a single sample.
         rows: the sample of each draw, (M,).
     """
     order = np.argsort(rows, kind="stable")
     first = np.flatnonzero(np.diff(rows[order], prepend=-1))
+    if len(first) == 1:
+        return np.full(values.shape[:-1], np.nan)
     with np.errstate(invalid="ignore", over="ignore"):
         residual = (values - values.mean(-1, keepdims=True))[..., order]
         squares = np.add.reduceat(residual, first, axis=-1) ** 2

@@ -13,7 +13,6 @@ baseline's final nats). Figures and the report are made from these.
 
 __all__ = ["compare"]
 
-import hashlib
 import json
 import shutil
 import time
@@ -31,7 +30,16 @@ from difficulty.errors import InputError, choose
 from difficulty.network_file import fingerprint_network
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
-from difficulty.records import changed_settings, finish_run, read_json, read_run, start_run, write_json, write_table
+from difficulty.records import (
+    changed_settings,
+    digest,
+    finish_run,
+    read_json,
+    read_run,
+    start_run,
+    write_json,
+    write_table,
+)
 from training.arms import ArmSpec, choose_arms
 from training.curriculum import Curriculum, tasks_of
 from training.curriculum_builders import make_curriculum
@@ -50,6 +58,7 @@ from training.workers import GroupRunner, worker_processes
 
 SAMPLES = 512
 EXPOSURE_BINS = 50
+FREE = ("device",)  # of a comparison's settings, those that a continued one may change
 OF_A_RUN = ("seed", "density", "weight", "lr_schedule")  # what the plans of a comparison do not share
 
 Progress = Callable[[str, int, int], None]
@@ -73,6 +82,7 @@ def compare(
     metrics: Sequence[str] = ("fd-pca", "sw-pixels"),
     samples: int = SAMPLES,
     confirms: Path | None = None,
+    device: str = "cpu",
     workers: int = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -92,7 +102,9 @@ def compare(
         metrics: of samples, names in ``training.metrics.METRICS``; held-out nats and loss are always measured.
         samples: number of samples that are judged.
         confirms: folder of the comparison that explored; this one must repeat its setting on other seeds.
-        workers: processes. More than one needs a script that guards its entry by ``if __name__ == "__main__"``.
+        device: torch device of the runs; a comparison may go on on another, equal up to rounding.
+        workers: processes, all of which use that device. More than one needs a script that guards its entry by
+            ``if __name__ == "__main__"``.
         progress: called with (what, done, in all) whenever runs are finished.
 
     Returns:
@@ -131,7 +143,7 @@ def compare(
     plan = TrainPlan(steps=steps, batch=batch, network=network, prediction=prediction, lr=lr, lr_schedule=schedules[0])
     tasks = tasks_of(curriculum, process)
     # Training happens on the grid; without its closed form a process can be sent to another Python process.
-    setting = Setting(data, replace(process, closed_form=None), tasks, plan, samples, tuple(metrics))
+    setting = Setting(data, replace(process, closed_form=None), tasks, plan, samples, tuple(metrics), device)
     for spec in specs.values():  # whatever cannot be built is refused before anything is written
         setting.trainer(spec, seeds[0], schedules[0])
     check_metrics(setting.metrics, ratios=True)
@@ -187,6 +199,7 @@ def _open(
     """
     config = {
         "arms": {name: _described(spec) for name, spec in specs.items()},
+        "baseline": next(iter(specs)),
         "seeds": seeds,
         "lr_schedules": schedules,
         "plan": {name: value for name, value in asdict(setting.plan).items() if name not in OF_A_RUN},
@@ -194,9 +207,11 @@ def _open(
         "samples": setting.samples,
         "metrics": list(setting.metrics),
         "tasks": [[task.t_first, task.t_last] for task in setting.tasks],
+        "held_out_draws": len(setting.heldout.t),
         "data": setting.data.fingerprint,
         "value_range": setting.data.value_range,
         "process": setting.process.fingerprint,
+        "device": setting.device,
     }
     config = json.loads(json.dumps(config))
     config["confirms"] = _explored(confirms, config) if confirms else None
@@ -205,13 +220,13 @@ def _open(
         found = read_json(out / "run.json")
         if not isinstance(found, dict) or found.get("kind") != "compare":
             raise InputError(f"{out} holds the results of another command; choose another output folder")
-        changed = changed_settings(found.get("config") or {}, config)
+        changed = changed_settings(found.get("config") or {}, config, FREE)
         if changed:
             raise InputError(
                 f"{out} holds a comparison with other settings ({changed}); choose another folder or repeat them"
             )
         before = float(found.get("wall_seconds") or 0.0)
-    return start_run(out, "compare", config), before
+    return start_run(out, "compare", config, FREE), before
 
 
 def _explored(folder: Path, config: dict[str, Any]) -> str:
@@ -228,14 +243,14 @@ def _explored(folder: Path, config: dict[str, Any]) -> str:
     shared = sorted(set(explored["seeds"]) & set(config["seeds"]))
     if shared:
         raise InputError(f"seed {shared[0]} was explored in {folder}; confirm on seeds that it did not use")
-    for name in ("data", "process", "plan", "network_file", "samples", "metrics"):
+    for name in ("data", "process", "plan", "network_file", "samples", "metrics", "baseline", "held_out_draws"):
         if explored.get(name) != config[name]:
             raise InputError(f"{folder} explored another {name}; a confirmation repeats the setting")
     # An arm or a learning-rate schedule that was not explored was not chosen by looking, and is judged all the same.
     for arm, spec in config["arms"].items():
         if explored["arms"].get(arm, spec) != spec:
             raise InputError(f"{folder} explored another arm {arm!r}; a confirmation repeats what was explored")
-    return hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()
+    return digest({name: value for name, value in explored.items() if name not in FREE})
 
 
 def _described(spec: ArmSpec) -> dict[str, Any]:

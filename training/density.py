@@ -12,7 +12,9 @@ to the grid by the width of the cell around t, p[t] ~ q(x(t)) |dx/dt|. Siblings,
 A density that is proportional to a measured difficulty is a table of masses per task, see ``from_task_masses``.
 """
 
-__all__ = ["DENSITIES", "density", "from_task_masses", "log_snr_widths", "proportional_to", "task_masses"]
+__all__ = [
+    "DENSITIES", "density", "from_task_masses", "log_snr_widths", "proportional_to", "task_masses", "trapezoid_widths",
+]  # fmt: skip
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -45,8 +47,24 @@ def finite_log_snr(process: Process) -> Array:
 
 
 def log_snr_widths(process: Process) -> Array:
-    """Width of the cell of each t in log-SNR, shape (T,), positive: the trapezoid weights of an integral over it."""
-    log_snr = finite_log_snr(process)
+    """Width of the cell of each t in log-SNR, shape (T,), positive; where alpha is 0, as ``finite_log_snr`` has it."""
+    return _cells(finite_log_snr(process))
+
+
+def trapezoid_widths(process: Process) -> Array:
+    """Weight of each t in an integral over log-SNR, shape (T,); 0 where alpha is 0, which lies infinitely far out.
+
+    A single timestep with signal counts as a unit of log-SNR.
+    """
+    widths = np.zeros(process.T)
+    if process.noisiest == 1:
+        widths[0] = 1.0
+        return widths
+    widths[: process.noisiest] = _cells(process.log_snr(np.arange(1, process.noisiest + 1)))
+    return widths
+
+
+def _cells(log_snr: Array) -> Array:
     edges = np.concatenate([log_snr[:1], 0.5 * (log_snr[:-1] + log_snr[1:]), log_snr[-1:]])
     return edges[:-1] - edges[1:]
 

@@ -89,14 +89,14 @@ def effects(results: pd.DataFrame, baseline: str, again: Collection[str] = ()) -
         and schedule, NaN without one. With one seed there is no interval and no verdict.
 
     Raises:
-        InputError: if the baseline is missing, arms have different seeds, or a value is not positive.
+        InputError: if the baseline is missing, arms have different seeds, or a value is not positive and finite.
     """
     arms = list(dict.fromkeys(results["arm"]))
     if baseline not in arms:
         raise InputError(f"baseline {baseline!r} is not among the arms {', '.join(arms)}")
     wide = results.pivot(index="seed", columns=["lr_schedule", "metric", "arm"], values="value")
-    if not (wide > 0).all(axis=None):
-        raise InputError("a metric is missing for a seed or not positive; every arm needs every seed")
+    if not ((wide > 0) & (wide < np.inf)).all(axis=None):
+        raise InputError("a metric is missing for a seed, infinite or not positive; every arm needs every seed")
     logs: dict[Any, Array] = dict(zip(wide.columns.to_list(), np.log(wide.to_numpy(float)).T, strict=True))
     rows = []
     for schedule in dict.fromkeys(results["lr_schedule"]):

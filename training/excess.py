@@ -43,5 +43,4 @@ class Excess:
             alpha, sigma = denoiser.scales(t, x0)
             estimate = denoiser.eps(alpha * x0 + sigma * eps, t).cpu()
             squares.append((estimate - self.posterior[part]).double().square().flatten(1).sum(1))
-        shaped = torch.cat(squares).numpy().reshape(len(held.tasks), -1)
-        return float(0.5 * (held.readable(shaped) * held.log_snr_of_draw).sum())
+        return float(held.integral(torch.cat(squares).numpy()).sum())

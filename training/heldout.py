@@ -1,4 +1,4 @@
-"""Held-out loss per task on fixed draws of (x0, eps, t): the same for every arm and step, and for runs of equal tasks.
+"""Held-out loss per task on fixed draws of (x0, eps, t): the same for every arm, step, curriculum and set of tasks.
 
 The error of eps is what all predictions are compared by. Per task, and as an integral over log-SNR lambda,
 
@@ -6,9 +6,8 @@ The error of eps is what all predictions are compared by. Per task, and as an in
     nats   = 1/2 int E |eps - eps_hat|^2 dlambda = sum_k nats_k * width_k
 
 squared errors summed over the D dimensions: the variational bound up to a constant of the data (Kingma & Gao 2023,
-arXiv 2303.00848). It is taken at some t of each task, and for runs of other tasks, as with a curriculum of other
-intervals, at other t: their ``nats`` differ by some percent for that alone. ``loss`` is the error of the network's own
-output per dimension, t uniform: what plain training minimises.
+arXiv 2303.00848). The integral is taken by the trapezoid rule over all timesteps whose alpha is not 0. ``loss`` is
+the error of the network's own output per dimension, t uniform: what plain training minimises.
 """
 
 __all__ = ["HeldOut", "HeldOutLoss"]
@@ -28,11 +27,13 @@ from difficulty.prediction import eps_loss_factor
 from difficulty.process import Array, Process
 from difficulty.randomness import normal, stream
 from training.conditional import Condition, ConditionalNetwork, Conditioning, given
-from training.density import Interval, log_snr_widths
+from training.density import Interval, trapezoid_widths
 from training.streams import HELDOUT
 
 HELDOUT_SEED = 0  # not the run's seed: all runs are judged on the same draws
 CHUNK = 4096  # draws per forward pass
+DRAWS = 1536  # beside one of every timestep
+STRATUM = 32  # about so many draws at neighbouring t are as good as of one t for the standard error
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +48,13 @@ class HeldOutLoss:
 
 
 class HeldOut:
-    """Fixed held-out draws, equally many per task, t spread evenly over the task.
+    """Fixed held-out draws, at least one of every timestep, and more where a timestep is wide in log-SNR.
 
     Args:
         data: its ``heldout`` samples are drawn with replacement.
         process: the forward process.
-        tasks: intervals that cover 1..T.
-        per_task: draws per task.
+        tasks: intervals that cover 1..T; the draws do not depend on them.
+        draws: beside one of every timestep, shared out by width in log-SNR.
         conditioning: what a conditional network is told of the samples.
     """
 
@@ -62,65 +63,73 @@ class HeldOut:
         data: Dataset,
         process: Process,
         tasks: Sequence[Interval],
-        per_task: int = 128,
+        draws: int = DRAWS,
         conditioning: Conditioning | None = None,
     ) -> None:
-        count = per_task * len(tasks)
-        spread = (np.arange(per_task) + 0.5) / per_task
-        lengths = [task.t_last - task.t_first + 1 for task in tasks]
-        t = np.concatenate([task.t_first + np.floor(spread * n) for task, n in zip(tasks, lengths, strict=True)])
-        rows = stream(HELDOUT_SEED, HELDOUT, 0, 0).integers(0, len(data.heldout), count)
+        widths = trapezoid_widths(process)
+        up_to = draws * np.concatenate([[0.0], np.cumsum(widths)]) / widths.sum()
+        per_t = 1 + np.diff(np.round(up_to)).astype(np.int64)
+        # Of no width, but a share of ``loss`` like that of any other timestep.
+        per_t[widths == 0] = max(1, draws // process.T)
+        t = np.repeat(np.arange(1, process.T + 1), per_t)
+        rows = stream(HELDOUT_SEED, HELDOUT, 0, 0).integers(0, len(data.heldout), len(t))
         self.rows, self.x0 = rows, data.heldout[torch.from_numpy(rows)]
         self.eps = normal(tuple(self.x0.shape), HELDOUT_SEED, HELDOUT, 1, 0)
-        self.t = torch.from_numpy(t.astype(np.int64))
+        self.t = torch.from_numpy(t)
         self.condition = conditioning.heldout(torch.from_numpy(rows)) if conditioning else None
-        self.dim, self.tasks, self.per_task = data.dim, list(tasks), per_task
-        self.pure_noise = (process.alpha[t.astype(np.int64)] == 0).reshape(len(tasks), -1)
-        self.share = np.array(lengths) / sum(lengths)
-        self.widths = np.concatenate([[0.0], log_snr_widths(process)])[t.astype(np.int64)].reshape(len(tasks), -1)
-        # Each draw stands for length/per_task timesteps.
-        self.log_snr_of_draw = self.widths * (np.array(lengths) / per_task)[:, None]
+        self.dim, self.tasks = data.dim, list(tasks)
+        self.task = np.searchsorted([task.t_last for task in tasks], t)  # of each draw
+        # The width in log-SNR that each draw stands for, and its share of the timesteps; shape (n,).
+        self.log_snr_of_draw = np.repeat(widths / per_t, per_t)
+        self.share = np.repeat(1 / (process.T * per_t), per_t)
+        # Whole timesteps, one or several.
+        self.stratum = np.repeat(np.unique((np.cumsum(per_t) - per_t) // STRATUM, return_inverse=True)[1], per_t)
 
     def select(self, mask: npt.NDArray[np.bool_], most: int) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
         """The draws (x0, eps, t, condition) whose entry of ``mask`` is true; of more than ``most`` so many, evenly."""
         inside = np.flatnonzero(mask)
         count = min(most, len(inside))
-        # From the middle of every stride: t grows within a task, and the first would be its cleanest.
+        # From the middle of every stride: t grows, and the first would be the cleanest.
         chosen = torch.from_numpy(inside[(2 * np.arange(count) + 1) * len(inside) // max(2 * count, 1)])
         condition = None if self.condition is None else self.condition[chosen]
         return self.x0[chosen], self.eps[chosen], self.t[chosen], condition
 
-    def readable(self, values: Array) -> Array:
-        """Values of the draws (K, per task), 0 where alpha is 0 and eps cannot be read from what a network returns."""
-        return np.where(self.pure_noise & ~np.isfinite(values), 0.0, values)
+    def integral(self, errors: Array) -> Array:
+        """Squared errors of eps of the draws, (n,), as nats per task, (K,): half of them over the task's log-SNR."""
+        return self._per_task(0.5 * self._weighted(errors))
+
+    def _weighted(self, errors: Array) -> Array:
+        # Where alpha is 0 eps cannot be read from what a network returns, and inf * 0 would not be 0.
+        width = self.log_snr_of_draw
+        return np.multiply(errors, width, out=np.zeros(len(width)), where=width > 0)
+
+    def _per_task(self, values: Array) -> Array:
+        return np.asarray(np.bincount(self.task, values, len(self.tasks)), dtype=np.float64)
 
     @torch.no_grad()
     def evaluate(self, denoiser: Denoiser) -> HeldOutLoss:
-        """Losses of a denoiser on the fixed draws."""
+        """Losses of a denoiser on the fixed draws; a task of pure noise alone has no width, and 0 nats."""
         device = denoiser.alpha.device
         told = None if self.condition is None else self.condition.to(device)
         own = eval_losses(denoiser, self.x0.to(device), self.eps.to(device), self.t.to(device), told).cpu().double()
         alpha, sigma = denoiser.alpha.cpu()[self.t].double(), denoiser.sigma.cpu()[self.t].double()
-        factor = eps_loss_factor(denoiser.prediction, alpha, sigma)
-        per_draw = (own * factor).numpy()
-        shaped = per_draw.reshape(len(self.tasks), -1)
-        loss = own.numpy().reshape(len(self.tasks), -1).mean(1) / self.dim
-        shaped = self.readable(shaped)
-        integral = 0.5 * (shaped * self.log_snr_of_draw).sum(1)
+        per_draw = (own * eps_loss_factor(denoiser.prediction, alpha, sigma)).numpy()
+        nats, widths = self.integral(per_draw), self._per_task(self.log_snr_of_draw)
+        loss = own.numpy() / self.dim * self.share
         return HeldOutLoss(
-            nats_per_task=integral / self.log_snr_of_draw.sum(1),
-            loss_per_task=loss,
-            nats=float(integral.sum()),
-            loss=float((loss * self.share).sum()),
+            nats_per_task=np.divide(nats, widths, out=np.zeros(len(nats)), where=widths > 0),
+            loss_per_task=self._per_task(loss) / self._per_task(self.share),
+            nats=float(nats.sum()),
+            loss=float(loss.sum()),
             per_draw=per_draw,
         )
 
     def nats_error(self, measured: HeldOutLoss) -> float:
-        """Standard error of ``measured.nats`` over the draws of (x0, eps), tasks taken apart."""
-        terms = 0.5 * measured.per_draw.reshape(len(self.tasks), -1) * self.log_snr_of_draw
-        terms = self.readable(terms)
-        apart = (terms - terms.mean(1, keepdims=True)).ravel()
-        return float(len(apart) * standard_error(apart, self.rows))
+        """Standard error of ``measured.nats`` over the draws of (x0, eps), t being what it is."""
+        terms, width = 0.5 * self._weighted(measured.per_draw), self.log_snr_of_draw
+        sums, widths = (np.bincount(self.stratum, values) for values in (terms, width))
+        means = np.divide(sums, widths, out=np.zeros(len(sums)), where=widths > 0)
+        return float(len(terms) * standard_error(terms - means[self.stratum] * width, self.rows))
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class Setting:
     plan: TrainPlan
     samples: int
     metrics: tuple[str, ...]
+    device: str = "cpu"
 
     @cached_property
     def heldout(self) -> HeldOut:
@@ -83,7 +84,8 @@ class Setting:
         """
         own = seed + FRESH if spec.fresh_seeds else seed
         plan = replace(self.plan, seed=own, density=spec.density, weight=spec.weight, lr_schedule=lr_schedule)
-        return Trainer(self.data, self.process, plan, spec.curriculum_for(seed), base_density=exposure)
+        curriculum = spec.curriculum_for(seed)
+        return Trainer(self.data, self.process, plan, curriculum, base_density=exposure, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,13 @@ def run_group(setting: Setting, jobs: Sequence[Job], partial: Path) -> list[dict
 
 def _judged(setting: Setting, job: Job, trainer: Trainer, curve: list[dict[str, Any]]) -> dict[str, Any]:
     trainer.sampler.finish(trainer.done)
-    drawn = draw_samples(trainer.ema, setting.samples, setting.data.shape, seed=trainer.plan.seed)
+    drawn = draw_samples(
+        trainer.ema, setting.samples, setting.data.shape, seed=trainer.plan.seed, device=setting.device
+    )
+    try:
+        judged = setting.judge(drawn)
+    except InputError as error:
+        raise InputError(f"arm {job.arm!r} with seed {job.seed}: {error}; finished runs are kept") from None
     if job.keep_samples:
         from safetensors.torch import save
 
@@ -177,7 +185,7 @@ def _judged(setting: Setting, job: Job, trainer: Trainer, curve: list[dict[str, 
         "arm": job.arm,
         "seed": job.seed,
         "lr_schedule": job.lr_schedule,
-        "final": {name: curve[-1][name] for name in HELD_OUT if name in curve[-1]} | setting.judge(drawn),
+        "final": {name: curve[-1][name] for name in HELD_OUT if name in curve[-1]} | judged,
         "curve": curve,
         "stages": stage_rows(trainer.sampler, setting.tasks),
         "exposure": trainer.sampler.exposure().tolist(),

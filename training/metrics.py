@@ -126,23 +126,36 @@ class SampleJudge:
         self.reference = {name: extract(data) for name, extract in self.features.items()}
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
-        """Every metric of samples (n, *), n >= 40."""
-        check_enough("samples", len(samples))
-        found = {name: extract(samples) for name, extract in self.features.items()}
+        """Every metric of samples (n, *), n >= 40.
+
+        Raises:
+            InputError: if there are fewer, or one holds NaN or infinity.
+        """
+        found = self._features_of(samples)
         return {
             name: distance.compute(found[features], self.reference[features])
             for name, (distance, features) in self.metrics.items()
         }
 
-    def of_data(self, count: int) -> dict[str, float]:
-        """Every metric of ``count`` of the data, at most half of them, against the others, a mean over ``DRAWS`` draws.
+    def _features_of(self, samples: Tensor) -> dict[str, Array]:
+        check_enough("samples", len(samples))
+        if not samples.isfinite().all():
+            raise InputError("the samples hold NaN or infinity and cannot be judged; train longer or at a lower rate")
+        return {name: extract(samples) for name, extract in self.features.items()}
 
-        What a perfect sampler would show at this number of samples: the bias falls with it.
+    def compared(self, count: int) -> int:
+        """How many of the data stand in the place of ``count`` samples: at most half of them."""
+        return min([count, *(len(points) // 2 for points in self.reference.values())])
+
+    def of_data(self, count: int) -> dict[str, float]:
+        """Every metric of ``compared(count)`` of the data against the others, a mean over ``DRAWS`` draws.
+
+        What a perfect sampler would show at this number of samples, as the bias falls with it; somewhat less where half
+        of the data are fewer.
         """
-        result = {}
+        result, count = {}, self.compared(count)
         for name, (distance, features) in self.metrics.items():
             reference = self.reference[features]
-            count = min(count, len(reference) // 2)
             orders = [stream(1, BOOTSTRAP, draw, 0).permutation(len(reference)) for draw in range(DRAWS)]
             found = [distance.compute(reference[order[:count]], reference[order[count:]]) for order in orders]
             result[name] = float(np.mean(found))
@@ -150,8 +163,7 @@ class SampleJudge:
 
     def evaluate(self, samples: Tensor, level: float = LEVEL) -> dict[str, MetricValue]:
         """Every metric of samples (n, *), n >= 40, with its interval; about 40 times the work of the call."""
-        check_enough("samples", len(samples))
-        found = {name: extract(samples) for name, extract in self.features.items()}
+        found = self._features_of(samples)
         of_data, result = self.of_data(len(samples)), {}
         for name, (distance, features) in self.metrics.items():
             a, b = found[features], self.reference[features]

@@ -196,7 +196,8 @@ class HeldOut(Pacing):
 
     def observe_heldout(self, losses: Sequence[float]) -> None:
         if self.before is not None:
-            difference = [math.log(b / a) for b, a in zip(self.before, losses, strict=True) if a > 0 and b > 0]
+            pairs = [(b, a) for b, a in zip(self.before, losses, strict=True) if 0 < a < math.inf and 0 < b < math.inf]
+            difference = [math.log(b / a) for b, a in pairs]
             n = len(difference)
             mean = sum(difference) / max(n, 1)
             variance = sum((d - mean) ** 2 for d in difference) / max(n - 1, 1)
@@ -208,7 +209,10 @@ class HeldOut(Pacing):
         return {"before": self.before, "z": None if math.isinf(self.z) else self.z, "draws": self.draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.before, self.z = state["before"], math.inf if state["z"] is None else state["z"]
+        # JSON has no NaN.
+        before = state["before"]
+        self.before = None if before is None else [math.nan if loss is None else loss for loss in before]
+        self.z = math.inf if state["z"] is None else state["z"]
         # States of earlier versions do not hold the number of draws.
         self.draws = state.get("draws", len(self.before or ()))
 

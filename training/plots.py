@@ -51,16 +51,18 @@ def run_curve(folder: Path) -> "Figure":
     return figure
 
 
-def loss_heat_map(folder: Path) -> "Figure":
-    """Nats of every task over training, relative to its own least value."""
+def loss_heat_map(folder: Path) -> "Figure | None":
+    """Nats of every task over training, relative to its own least value; None of one evaluation."""
     table = read_table(folder / "losses.csv", ("step", "task", "nats_per_log_snr"))
     wide = table.pivot(index="task", columns="step", values="nats_per_log_snr")
-    relative = np.log10(wide.div(wide.min(axis=1), axis=0).to_numpy())
+    if wide.shape[1] < 2:
+        return None
+    relative = np.log10(wide.div(wide.min(axis=1), axis=0).to_numpy())  # NaN, left blank, for pure noise alone
     figure, axes = grid(1, 1, 3.6)
     ax = axes[0, 0]
     steps = np.concatenate([[0], wide.columns.to_numpy()])
     edges = np.arange(len(wide) + 1) - 0.5
-    image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, relative.max()))
+    image = ax.pcolormesh(steps, edges, relative, cmap="cividis", vmin=0, vmax=max(0.05, np.nanmax(relative)))
     ax.set_xlabel("iteration")
     ax.set_ylabel("task (0 cleanest)")
     ax.set_yticks(range(0, len(wide), max(1, len(wide) // 10)))

@@ -69,12 +69,14 @@ def forest(folder: Path) -> "Figure":
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", alpha=0.3)
     _schedule_legend(figure, schedules)
-    band = "; grey band: A/A" if _again(folder) else ""
-    figure.suptitle(
-        f"Against {_baseline(folder)}, {table['seeds'].iloc[0]} paired seeds, 95 % intervals: left of 0 is better\n"
-        f"filled: significant after Holm (blue helps, orange hurts); open: no difference shown{band}; arrow: beyond",
-        fontsize=9,
-    )
+    band, seeds = "; grey band: A/A" if _again(folder) else "", table["seeds"].iloc[0]
+    against = f"Against {_baseline(folder)}, "
+    if seeds > 1:
+        against += f"{seeds} paired seeds, 95 % intervals: left of 0 is better\n"
+        against += f"filled: significant after Holm (blue helps, orange hurts); open: no difference shown{band}"
+    else:
+        against += "one seed, no intervals: left of 0 is lower, by chance or not"
+    figure.suptitle(f"{against}; arrow: beyond", fontsize=9)
     return figure
 
 
@@ -154,7 +156,7 @@ def learning_curves(folder: Path) -> "Figure":
     """Held-out nats and loss over training as % of the baseline at the same iteration: mean and interval of seeds."""
     table = read_table(folder / "curves.csv", ("arm", "lr_schedule", "seed", "step", "metric", "value"))
     table = table[table["metric"].isin(["nats", "loss"])].assign(value=np.log(table["value"]))
-    baseline, again = _baseline(folder), _again(folder)
+    baseline, again, bands = _baseline(folder), *_bands(folder, table)
     schedules = list(dict.fromkeys(table["lr_schedule"]))
     figure, axes = grid(len(schedules), 2, 0.9 + 2.6 * len(schedules))
     for row, schedule in zip(axes, schedules, strict=True):
@@ -179,9 +181,7 @@ def learning_curves(folder: Path) -> "Figure":
             if most > least:
                 ax.set_ylim(least - 0.1 * (most - least), most + 0.1 * (most - least))
     _legend(figure, axes[0, 0], again)
-    figure.suptitle(
-        "Against the baseline at the same iteration; bands are 95 % intervals over paired seeds", fontsize=9
-    )
+    figure.suptitle(f"Against the baseline at the same iteration; {bands}", fontsize=9)
     return figure
 
 
@@ -189,7 +189,7 @@ def task_differences(folder: Path) -> "Figure":
     """Final nats per unit log-SNR of every task minus the baseline's; the area under a line is its change in nats."""
     table = read_table(folder / "tasks.csv", ("arm", "lr_schedule", "seed", "task", "nats_per_log_snr"))
     bounds = _bounds(folder)
-    baseline, again = _baseline(folder), _again(folder)
+    baseline, again, bands = _baseline(folder), *_bands(folder, table)
     schedules = list(dict.fromkeys(table["lr_schedule"]))
     middle = _middle(bounds)
     figure, axes = grid(len(schedules), 1, 1.2 + 2.6 * len(schedules))
@@ -207,17 +207,22 @@ def task_differences(folder: Path) -> "Figure":
         ax.text(0.99, 0.95, f"learning rate {schedule}", transform=ax.transAxes, ha="right", va="top", fontsize=8)
         ax.grid(alpha=0.3)
     _legend(figure, axes[0, 0], again)
-    figure.suptitle("Where on the noise axis the arms differ: below 0 is better, bands are 95 % intervals", fontsize=9)
+    figure.suptitle(f"Where on the noise axis the arms differ: below 0 is better; {bands}", fontsize=9)
     return figure
 
 
-def task_curves(folder: Path) -> "Figure":
-    """Difference to the baseline of every task over training, one panel per arm; blank where none is shown."""
+def task_curves(folder: Path) -> "Figure | None":
+    """Difference to the baseline of every task over training, one panel per arm; blank where none is shown.
+
+    None of one seed, of which nothing is shown.
+    """
     from matplotlib.colors import SymLogNorm
 
     table = read_table(
         folder / "task_curves.csv", ("arm", "lr_schedule", "step", "task", "difference", "ci_low", "ci_high")
     )
+    if table["ci_low"].isna().all():
+        return None
     bounds, schedule = _bounds(folder), table["lr_schedule"].iloc[-1]
     table = table[table["lr_schedule"] == schedule]
     arms = list(dict.fromkeys(table["arm"]))
@@ -367,6 +372,13 @@ def _legend(figure: "Figure", ax: "Axes", again: list[str]) -> None:
     handles += [Patch(color="#aaaaaa", alpha=0.4) for _ in again]
     labels += [f"{name} (A/A), interval" for name in again]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
+
+
+def _bands(folder: Path, table: pd.DataFrame) -> tuple[list[str], str]:
+    """The arms that are drawn as a band, and what the bands are; without other seeds there is none."""
+    if table["seed"].nunique() == 1:
+        return [], "one seed, no intervals"
+    return _again(folder), "bands are 95 % intervals over paired seeds"
 
 
 def _baseline(folder: Path) -> str:

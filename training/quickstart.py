@@ -49,7 +49,7 @@ class QuickstartPlan:
         compare_seeds: paired seeds of the comparison, at least 2.
         steps: iterations of every run of the comparison.
         network: of experts and runs.
-        workers: processes of the comparison.
+        device, workers: torch device and processes of the comparison.
     """
 
     process: str = "vp-linear"
@@ -59,6 +59,7 @@ class QuickstartPlan:
     compare_seeds: int = 6
     steps: int = 2000
     network: str = "mlp"
+    device: str = "cpu"
     workers: int = 1
 
 
@@ -98,6 +99,7 @@ def quickstart(
         steps=plan.steps,
         out=out / "comparison",
         network=plan.network,
+        device=plan.device,
         workers=plan.workers,
         progress=None if progress is None else lambda _, done, total: progress("paired runs", done, total),
     )

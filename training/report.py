@@ -79,10 +79,11 @@ def _setting(config: dict[str, Any], run: dict[str, Any]) -> Section:
         if confirmed
         else "Exploration: no claim rests on these seeds. Confirm with other seeds, naming this folder."
     )
+    said = f"{len(seeds)} paired seeds ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"one seed ({seeds[0]})"
     return Section(
         "Setting",
         [
-            f"{len(config['arms'])} arms, {len(seeds)} paired seeds ({seeds[0]} to {seeds[-1]}), {plan['steps']} "
+            f"{len(config['arms'])} arms, {said}, {plan['steps']} "
             f"iterations each of {plan['batch']} samples; process {config['process']['name']} with T = "
             f"{config['process']['T']}, network {plan['network']}, prediction {plan['prediction']}, learning rate "
             f"{plan['lr']:g} ({' and '.join(config['lr_schedules'])}); {config['samples']} samples judged per run; "
@@ -167,15 +168,14 @@ def _effects(effects: pd.DataFrame) -> Section:
     if effects["noise_floor"].notna().any():
         table["A/A half width"] = [f"{100 * np.expm1(value):.2f} %" for value in effects["noise_floor"]]
     table["verdict"] = effects["verdict"]
-    return Section(
-        "Effects",
-        [
-            "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after "
-            "Holm's correction over the table. Detectable: found with probability 80 % at this spread by a test of it "
-            "alone, without that correction."
-        ],
-        table,
+    said = (
+        "Negative is better. Intervals are 95 %, paired over seeds, each for itself; verdicts follow p after Holm's "
+        "correction over the table. Detectable: found with probability 80 % at this spread by a test of it alone, "
+        "without that correction."
+        if effects["ci_low"].notna().any()
+        else "Negative is lower, by chance or not: of one seed there are no intervals and no verdicts."
     )
+    return Section("Effects", [said], table)
 
 
 def _speed(folder: Path) -> Section:

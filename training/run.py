@@ -147,7 +147,7 @@ def train(
     tasks = tasks_of(curriculum, process)
     heldout = HeldOut(data, process, tasks, conditioning=trainer.conditioning)
     source = _start_from(trainer, init_from, tell if rank == 0 else silent) if init_from else None
-    run, state = _open_together(trainer, out, cadence, resume, source, tell)
+    run, state = _open_together(trainer, out, cadence, resume, source, len(heldout.t), tell)
     log: dict[str, list[list[float]]] = {"losses": [], "curve": []}
     if state is not None:
         log = state.pop("log")
@@ -255,15 +255,15 @@ def _start_from(trainer: Trainer, folder: Path, tell: Tell) -> dict[str, Any]:
 
 
 def _open_together(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, tell: Tell
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, draws: int, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """``_open`` by the first process; the others take over what it found, an error included."""
     if trainer.world == 1:
-        return _open(trainer, out, cadence, resume, source, tell)
+        return _open(trainer, out, cadence, resume, source, draws, tell)
     found: list[Any] = [None, None]
     if trainer.rank == 0:
         try:
-            found[0] = _open(trainer, out, cadence, resume, source, tell)
+            found[0] = _open(trainer, out, cadence, resume, source, draws, tell)
         except InputError as error:
             found[1] = str(error)
     dist.broadcast_object_list(found)
@@ -273,7 +273,7 @@ def _open_together(
 
 
 def _open(
-    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, tell: Tell
+    trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, draws: int, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if resume not in RESUME:
         raise InputError(f"unknown resume {resume!r}; known are {', '.join(RESUME)}")
@@ -291,6 +291,7 @@ def _open(
         "value_range": trainer.data.value_range,
         "latents": dict(trainer.data.latents) if trainer.data.latents else None,
         "condition": trainer.conditioning.facts if trainer.conditioning else None,
+        "held_out_draws": draws,
     }
     if not (out / "run.json").exists():
         return start_run(out, "train", config), None

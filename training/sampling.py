@@ -12,7 +12,7 @@ coordinate y = x/alpha, s = sigma/alpha it is dy = eps ds. Siblings differ in ho
     dpm-solver++  second-order multistep; Lu et al. 2022, arXiv 2211.01095, alg. 2, by the scheduler of diffusers
 
 All but edm-heun take steps of equal width in t. What divides by alpha (edm-heun, dpm-solver++) or cannot read x0 where
-alpha = 0 (prediction of eps, score or edm) starts one timestep below such a T. Timesteps are whole numbers: a network
+alpha = 0 (prediction of eps or score) starts one timestep below such a T. Timesteps are whole numbers: a network
 knows no others. Start and added noise come from the seed alone, so that two networks are sampled with the same noise.
 """
 
@@ -161,7 +161,7 @@ def sampling_grid(process: Process, steps: int, prediction: str, method: str = "
     sampler = choose("sampler", method, SAMPLERS)
     if not 1 <= steps <= process.T:
         raise InputError(f"sampling steps must lie in 1..T = {process.T}, got {steps}")
-    blind = sampler.divides_by_alpha or prediction.partition(":")[0] in ("eps", "score", "edm")
+    blind = sampler.divides_by_alpha or prediction.partition(":")[0] in ("eps", "score")
     start = process.noisiest if blind else process.T
     inner = np.rint(sampler.spacing(process, start, steps)).astype(int) if steps > 1 else np.array([start])
     return [*dict.fromkeys(inner.tolist()), 0]

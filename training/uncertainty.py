@@ -36,7 +36,7 @@ class LogVariance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Periods from 160, half a turn over the whole range, down to 4 units of log-SNR.
+        # Periods from 160, a quarter of a turn over the whole range, down to 4 units of log-SNR.
         periods = torch.logspace(math.log10(160.0), math.log10(4.0), FREQUENCIES)
         self.register_buffer("frequencies", 2 * math.pi / periods, persistent=False)
         self.linear = nn.Linear(2 * FREQUENCIES, 1)

@@ -42,7 +42,7 @@ def train(together, heldout, steps=STEPS):
 
 @pytest.fixture
 def heldout(gaussian, process, ranking):
-    return HeldOut(gaussian, process, ranking.tasks, per_task=16)
+    return HeldOut(gaussian, process, ranking.tasks, draws=100)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -14,9 +14,11 @@ from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
 from training.cli import SUBCOMMANDS, main
 from training.curriculum import Curriculum
+from training.plots_comparison import forest, learning_curves, task_curves, task_differences
 
 DATA = "gaussian:dim=4,var=0.25,n=400"
 SMALL = ["--batch", "8", "--network", "mlp:width=8,depth=2"]
+TWICE = ["--steps", "40", "--evaluate-every", "20"]
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_a_ranking_becomes_a_curriculum_a_run_samples_and_an_evaluation(call, ra
     code, text, _ = call("validate", curriculum)
     assert code == 0
     assert "cluster 3" in text
-    code, text, _ = call("run", DATA, "--curriculum", curriculum, "--out", out, "--steps", "40", *SMALL, "--json")
+    code, text, _ = call("run", DATA, "--curriculum", curriculum, "--out", out, *TWICE, *SMALL, "--json")
     assert code == 0
     assert json.loads(text)["steps"] == 40
     assert {path.name for path in (out / "figures").glob("*.png")} == {
@@ -152,6 +154,11 @@ def test_the_static_copy_of_a_run_draws_its_histogram_and_first_then_all_has_two
     assert call("run", DATA, "--curriculum", uneven, "--out", tmp_path / "uneven", "--steps", "5", *SMALL)[0] == 0
     code, _, errors = call("static", tmp_path / "uneven", "-o", tmp_path / "no.json")
     assert (code, "drawn unevenly inside task" in errors, (tmp_path / "no.json").exists()) == (2, True, False)
+    plain = tmp_path / "plain"
+    assert call("run", DATA, "--out", plain, "--steps", "5", *SMALL)[0] == 0
+    assert {path.stem for path in (plain / "figures").iterdir()} == {"curve", "stages", "coverage", "samples"}
+    code, _, errors = call("static", plain, "-o", tmp_path / "no.json")
+    assert (code, "was trained without a curriculum" in errors, (tmp_path / "no.json").exists()) == (2, True, False)
 
 
 def test_comparison_prints_every_effect_and_draws_its_figures(call, tmp_path):
@@ -174,7 +181,11 @@ def test_a_comparison_of_one_seed_is_drawn_and_reported_without_intervals(call, 
     assert (code, "nan" in text) == (0, False)
     assert "one seed, no interval" in text
     report = (tmp_path / "one" / "report.md").read_text()
-    assert ("one seed, no interval" in report, "nan" in report) == (True, False)
+    assert ("one seed, no interval" in report, "nan" in report, "paired seeds" in report) == (True, False, False)
+    for figure in (forest, learning_curves, task_differences):
+        title = figure(tmp_path / "one").get_suptitle()
+        assert ("one seed, no intervals" in title, "95 %" in title) == (True, False)
+    assert task_curves(tmp_path / "one") is None
 
 
 @pytest.mark.parametrize(
@@ -255,6 +266,9 @@ def test_deeply_nested_json_costs_one_sentence(call, tmp_path):
     code, _, err = call("validate", tmp_path / "c.json")
     assert (code, err.count("\n")) == (2, 1)
     assert "not valid JSON" in err
+    code, text, _ = call("validate", tmp_path / "c.json", "--json")
+    verdict = json.loads(text)
+    assert (code, verdict["valid"], "not valid JSON" in verdict["reason"]) == (2, False, True)
 
 
 def test_module_and_console_command_are_one(tmp_path):

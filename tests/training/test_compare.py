@@ -279,11 +279,16 @@ def test_confirmation_repeats_the_setting_on_other_seeds_or_is_refused(gaussian,
         ({"seeds": [1, 2]}, "seed 1 was explored"),
         ({"steps": 31}, "another plan"),
         ({"arms": {"vanilla": ArmSpec(), "p2": ArmSpec(weight="min-snr")}}, "another arm 'p2'"),
+        ({"arms": ["p2", "vanilla"]}, "another baseline"),
     ):
         with pytest.raises(InputError, match=reason):
             confirm(**changes)
         assert not (tmp_path / "new").exists()
     confirm(arms=["vanilla", "p2"])
+    compare(gaussian, process, arms, out=tmp_path / "explored", **SMALL)  # repeated, it is the same exploration
+    confirm(arms=["vanilla", "p2"])
+    with pytest.raises(InputError, match=r"other settings \(baseline vanilla -> p2"):
+        compare(gaussian, process, ["p2", "vanilla", "min-snr"], out=tmp_path / "explored", **SMALL)
     assert "Confirmation: the seeds differ" in write_report(tmp_path / "new")[0].read_text()
 
 
@@ -308,6 +313,13 @@ def test_arm_that_diverges_is_named_and_finished_runs_are_kept(gaussian, process
         compare(gaussian, process, ["vanilla", "p2"], out=tmp_path, **SMALL)
     assert (tmp_path / "runs" / "vanilla-cosine-seed0.json").exists() == (largest == 1)
     assert not (tmp_path / "effects.csv").exists()
+
+
+def test_arm_whose_samples_are_not_numbers_is_named(gaussian, process, tmp_path, monkeypatch):
+    drawn = jobs.draw_samples
+    monkeypatch.setattr(jobs, "draw_samples", lambda *given, seed, **more: drawn(*given, seed=seed, **more) / seed)
+    with pytest.raises(InputError, match=r"arm 'vanilla' with seed 0: the samples hold NaN or inf.* runs are kept"):
+        compare(gaussian, process, ["vanilla", "p2"], out=tmp_path, **SMALL)
 
 
 def test_both_learning_rate_schedules_are_compared_each_with_its_own_baseline(gaussian, process, tmp_path):
@@ -341,16 +353,18 @@ def test_excess_is_zero_for_the_posterior_mean_and_what_nats_exceed_theirs_by(ga
 
         def forward(self, x, log_snr):
             snr = log_snr.exp()[:, None]
-            return shift + x * (0.25 * snr + 1).rsqrt()
+            return shift * log_snr.sigmoid()[:, None] + x * (0.25 * snr + 1).rsqrt()
 
-    held = HeldOut(gaussian, process, ranking.tasks, per_task=2000)
+    held = HeldOut(gaussian, process, ranking.tasks, draws=40000)
     excess = Excess(held, gaussian, process)
     nats = []
     for shift in (0.0, 0.3):
         exact = Denoiser(Exact(), process, "eps", 0.5, baseline=False)
         nats.append(held.evaluate(exact).nats)
-        # a constant error of 0.3 in each of 4 dimensions
-        assert excess(exact) == pytest.approx(0.5 * 4 * shift**2 * held.log_snr_of_draw.sum(), rel=1e-3, abs=1e-6)
+        # An error of shift s(lambda) in each of 4 dimensions, s' = s (1 - s): of s^2 the integral is log(1 + snr) - s.
+        snr = np.exp(process.log_snr([80, 1]))
+        noisiest, first = np.log1p(snr) - snr / (1 + snr)
+        assert excess(exact) == pytest.approx(0.5 * 4 * shift**2 * (first - noisiest), rel=3e-3, abs=1e-6)
     # the difference of two losses on the same draws holds a cross term that vanishes on average only
     assert nats[1] - nats[0] == pytest.approx(excess(exact), rel=0.1)
 

@@ -98,6 +98,12 @@ def test_certain_but_tiny_effect_is_called_less_than_one_percent():
     assert row["verdict"] == "helps, by less than 1 %"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_value_without_a_logarithm_is_refused(value):
+    with pytest.raises(InputError, match="missing for a seed, infinite or not positive"):
+        effects(_results({"a": {"m": [1.0, 1.1, 0.9]}, "b": {"m": [1.0, value, 1.2]}}), "a")
+
+
 def test_one_seed_gives_a_number_but_no_interval_and_no_verdict():
     row = effects(_results({"a": {"m": [1.0]}, "b": {"m": [0.5]}}), "a").iloc[0]
     assert row["log_ratio"] == pytest.approx(np.log(0.5))

@@ -30,6 +30,7 @@ def test_samples_of_the_data_are_as_near_as_the_data_and_shifted_ones_are_not(na
     assert (shifted.ci_high < found.ci_low) if found.better == "higher" else (shifted.ci_low > found.ci_high)
     assert found.value == judge(data[600:1200])[name]
     assert judge.of_data(600)[name] == judge.of_data(300)[name] == found.of_data  # there are but 600 data
+    assert (judge.compared(600), judge.compared(200)) == (300, 200)
 
 
 def test_bias_of_few_samples_is_stated_as_that_of_as_few():

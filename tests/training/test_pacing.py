@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from difficulty.errors import InputError
+from difficulty.records import as_json
 from training.pacing import PACINGS, make_pacing
 
 
@@ -133,9 +134,9 @@ def test_every_rule_resumes_from_its_state(rule):
     first, second = make_pacing(rule, {}, 4, 1000), make_pacing(rule, {}, 4, 1000)
     for _ in range(150):
         first.observe(float(rng.normal()))
-    first.observe_heldout(rng.exponential(size=20).tolist())
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    later, heldout = rng.normal(size=200), rng.exponential(size=20).tolist()
+    first.observe_heldout([math.inf, math.nan, *rng.exponential(size=20).tolist()])
+    second.load_state_dict(json.loads(json.dumps(as_json(first.state_dict()), allow_nan=False)))
+    later, heldout = rng.normal(size=200), [*rng.exponential(size=21).tolist(), math.inf]
     for pacing in (first, second):
         for loss in later:
             pacing.observe(float(loss))

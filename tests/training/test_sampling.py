@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError
 from difficulty.laws import GaussianMixture
 from difficulty.process import PROCESSES, get_process
@@ -181,6 +182,15 @@ def test_prediction_of_eps_starts_below_the_timestep_without_signal():
     assert sampling_grid(process, 10, "velocity")[0] == 1000
     assert sampling_grid(process, 10, "eps")[0] == 999
     assert np.all(np.diff(sampling_grid(process, 10, "eps")) < 0)
+
+
+def test_the_output_of_edm_is_read_at_the_timestep_without_signal():
+    process = get_process("flow-matching")
+    assert sampling_grid(process, 10, "edm")[0] == 1000
+    # Where alpha = 0 x0 is data_std times the output, here 1, whatever x is.
+    denoiser = Denoiser(lambda x, log_snr: torch.ones_like(x), process, "edm", 0.5, baseline=False)
+    x = normal((10, 3), 4, PRIOR, 0, 0)
+    assert torch.allclose(denoiser.x0(x, torch.full((10,), 1000)), torch.full((10, 3), 0.5))
 
 
 @pytest.mark.parametrize(("method", "steps"), [("dpm", 10), ("ddim", 0), ("ddim", 1001)])

@@ -10,6 +10,7 @@ from difficulty.errors import InputError
 from difficulty.process import PROCESSES, get_process
 from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
+from training.curriculum import tasks_of
 from training.curriculum_builders import make_curriculum
 from training.heldout import HeldOut
 from training.plan import LR_SCHEDULES, TrainPlan
@@ -63,17 +64,17 @@ def test_a_run_depends_on_its_seed_and_on_nothing_else(gaussian, process):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_heldout_nats_of_the_exact_denoiser_are_those_of_the_gaussian_formula(name, gaussian):
+def test_heldout_nats_of_the_exact_denoiser_are_those_of_the_gaussian_formula(name):
     # An untrained network predicts 0, so the denoiser is its linear baseline: exact for an isotropic Gaussian.
-    process = get_process(f"{name}:T=100")
+    process, gaussian = get_process(name), load_dataset("gaussian:dim=4,var=0.25,n=100000")
     prediction = "velocity" if name == "flow-matching" else "v"
     trainer = Trainer(gaussian, process, TrainPlan(prediction=prediction, network="mlp:width=8"))
-    tasks = [RankingTask.of(task, process) for task in make_tasks(process, 5)]
-    heldout = HeldOut(gaussian, process, tasks, per_task=2000)
-    log_snr = process.log_snr(heldout.t.numpy())
-    bayes = np.where(np.isfinite(log_snr), 4 * 0.25 * np.exp(log_snr) / (1 + 0.25 * np.exp(log_snr)), 0.0)
-    expected = 0.5 * (bayes.reshape(5, -1) * heldout.log_snr_of_draw).sum()
-    assert heldout.evaluate(trainer.ema).nats == pytest.approx(expected, rel=0.05)
+    heldout = HeldOut(gaussian, process, tasks_of(None, process), draws=20000)
+    measured = heldout.evaluate(trainer.ema)
+    # 1/2 int 4 snr/4 / (1 + snr/4) dlambda from the noisiest timestep to the first, four dimensions of variance 1/4.
+    noisiest, first = np.log1p(0.25 * np.exp(process.log_snr([process.noisiest, 1])))
+    assert measured.nats == pytest.approx(2 * (first - noisiest), abs=4 * heldout.nats_error(measured))
+    assert heldout.nats_error(measured) < 0.01 * measured.nats
 
 
 def test_training_closes_most_of_the_gap_to_the_exact_loss_for_every_prediction(process):
@@ -82,10 +83,9 @@ def test_training_closes_most_of_the_gap_to_the_exact_loss_for_every_prediction(
     stretch = torch.tensor([1.0, 0.05])
     data = replace(data, train=data.train * stretch, heldout=data.heldout * stretch, law=None)
     tasks = [RankingTask.of(task, process) for task in make_tasks(process, 4)]
-    heldout = HeldOut(data, process, tasks, per_task=8000)
+    heldout = HeldOut(data, process, tasks, draws=32000)
     snr = np.exp(process.log_snr(heldout.t.numpy()))
-    bayes = sum(snr * v / (1 + snr * v) for v in (1.0, 0.0025))
-    exact = 0.5 * float((bayes.reshape(4, -1) * heldout.log_snr_of_draw).sum())
+    exact = float(heldout.integral(sum(snr * v / (1 + snr * v) for v in (1.0, 0.0025))).sum())
     for prediction in ("eps", "x0", "v"):
         # Without the weight of eps, training on x0 would leave the low-noise tasks, which decide the nats, alone.
         plan = TrainPlan(
@@ -140,7 +140,7 @@ def test_state_restored_into_a_new_trainer_continues_bit_identically(gaussian, p
     for pacing in ("fraction", "patience", "held-out"):
         options = {"patience": {"tau": 4}, "held-out": {"check_every": 5, "least": 5, "cost": 0.1}}.get(pacing, {})
         staged = make_curriculum(ranking, k=3, pacing=pacing, pacing_options=options)
-        heldout = HeldOut(gaussian, process, staged.tasks, per_task=8)
+        heldout = HeldOut(gaussian, process, staged.tasks, draws=24)
 
         def advance(trainer, end, heldout=heldout):
             while trainer.done < end:

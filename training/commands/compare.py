@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from difficulty.datasets import load_dataset
+from difficulty.devices import chosen_device
 from difficulty.ranking import Ranking
 from training.commands.arguments import Text, chosen_process, ranked_process
 from training.compare import compare as compare_arms
@@ -35,6 +36,7 @@ def compare(
     metrics: tuple[str, ...] = ("fd-pca", "sw-pixels"),
     samples: int = 512,
     confirms: Path | None = None,
+    device: str = "auto",
     workers: int = 0,
     json: bool = False,
 ) -> None:
@@ -48,7 +50,8 @@ def compare(
         out: Folder of the comparison.
         arms: What is compared, the first being the baseline: vanilla, vanilla-again, curriculum, anti, random,
             non-accumulating, first-then-all, static, paper, measured, measured-static, log-snr, logit-normal,
-            log-normal, min-snr, p2, a curriculum.json, and any of these with a weight, as in curriculum+min-snr.
+            log-normal, min-snr, p2, a curriculum.json, and any without a weight of its own with one, as in
+            curriculum+min-snr.
         ranking: Results folder with ranking.json, for the arm measured and for a default curriculum.
         curriculum: A curriculum.json for the arms that need one.
         process: Forward process by name; default: that of the curriculum or the ranking, or vp-linear.
@@ -63,10 +66,11 @@ def compare(
         metrics: Of the samples: fd or sw on pixels, pca, digits-cnn or inception, as in fd-pca.
         samples: Samples that are judged.
         confirms: Folder of the exploration that this comparison repeats on other seeds; without it nothing is claimed.
-        workers: Processes, 0 for one per core.
+        device: cpu, cuda, or auto.
+        workers: Processes, 0 for one per core, or one where the device is a GPU.
         json: Print the effects as JSON.
     """
-    dataset = load_dataset(data)
+    dataset, where = load_dataset(data), chosen_device(device)
     ranked = Ranking.load(ranking) if ranking else None
     chosen = Curriculum.load(curriculum) if curriculum else None
     if chosen is None and ranking and ranked:
@@ -97,7 +101,8 @@ def compare(
         metrics=metrics,
         samples=samples,
         confirms=confirms,
-        workers=workers or _cores(),
+        device=where,
+        workers=workers or _processes(where),
         progress=progress,
     )
     bar.close()
@@ -106,7 +111,8 @@ def compare(
     if json:
         print(table.assign(confirmed=confirms is not None).to_json(orient="records"))
         return
-    print(f"{out}: change against {next(iter(dict.fromkeys(arms)))} over {seeds} paired seeds (negative is better)")
+    said = f"{seeds} paired seeds" if seeds > 1 else "one seed"
+    print(f"{out}: change against {next(iter(dict.fromkeys(arms)))} over {said} (negative is better)")
     for row in table.to_dict("records"):
         low, middle, high = (percent(row[name]) for name in ("ci_low", "log_ratio", "ci_high"))
         what = f"{row['arm']:18} {row['lr_schedule']:9} {row['metric']:10}"
@@ -128,6 +134,7 @@ def quickstart(
     compare_seeds: int = 6,
     steps: int = 2000,
     network: str = "mlp",
+    device: str = "auto",
     workers: int = 0,
 ) -> None:
     """The whole path in a few minutes: measure, rank, cluster, train in pairs, compare, figures, what was found.
@@ -144,12 +151,14 @@ def quickstart(
         compare_seeds: Paired seeds of the comparison.
         steps: Iterations of every run of the comparison.
         network: mlp, unet or dit, with options as in mlp:width=256.
-        workers: Processes of the comparison, 0 for one per core.
+        device: Of the comparison: cpu, cuda, or auto. Experts take a GPU where there is one.
+        workers: Processes of the comparison, 0 for one per core, or one where the device is a GPU.
     """
     from difficulty.cli import StageBars
     from training.quickstart import QuickstartPlan
     from training.quickstart import quickstart as run_quickstart
 
+    where = chosen_device(device)
     plan = QuickstartPlan(
         process=process,
         tasks=tasks,
@@ -158,12 +167,15 @@ def quickstart(
         compare_seeds=compare_seeds,
         steps=steps,
         network=network,
-        workers=workers or _cores(),
+        device=where,
+        workers=workers or _processes(where),
     )
     with StageBars() as bars:
         lines = run_quickstart(data, out, plan, progress=bars)
     print("\n".join(lines))
 
 
-def _cores() -> int:
+def _processes(device: str) -> int:
+    if device != "cpu":
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -46,7 +46,8 @@ def cluster(
             noise level, as in the paper.
         k: Number of clusters.
         output: File to write.
-        measure: Measure of the ranking that decides; noise-level for noisier is easier. Default: excess_nats if there.
+        measure: Measure of the ranking that decides; noise-level for noisier is easier. Default:
+            noise-level for snr and log-snr, else excess_nats if there.
         order: easy-to-hard, hard-to-easy or random.
         seed: Of the random order.
         accumulate: Whether clusters stay in training once they joined.
@@ -122,7 +123,8 @@ def static(run: File, output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = P
         run: Folder of a finished `training run` with a curriculum.
         output: File to write.
     """
-    read_run(run, "train")
+    if read_run(run, "train")["config"].get("curriculum") is None:
+        raise InputError(f"{run} was trained without a curriculum: it has no order to be freed of")
     curriculum = Curriculum.load(run / "curriculum.json")
     table = read_table(run / "coverage.csv", ("t", "expected"))
     if list(table["t"]) != list(range(1, curriculum.tasks[-1].t_last + 1)):
@@ -142,9 +144,14 @@ def validate(curriculum: File, process: str | None = None, json: bool = False) -
         process: Process that it must have been made for, by name; default: the one that it names, if built in.
         json: Print the verdict as JSON.
     """
-    loaded = Curriculum.load(curriculum)
-    chosen = get_process(process) if process else known_process(loaded.process, str(curriculum))
-    loaded.validate_for(chosen, str(curriculum))
+    try:
+        loaded = Curriculum.load(curriculum)
+        chosen = get_process(process) if process else known_process(loaded.process, str(curriculum))
+        loaded.validate_for(chosen, str(curriculum))
+    except InputError as error:
+        if json:
+            print(jsonlib.dumps({"valid": False, "reason": str(error)}))
+        raise
     if json:
         print(jsonlib.dumps({"valid": True, "sha256": loaded.sha256, "stages": loaded.stages()}))
         return 0

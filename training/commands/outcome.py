@@ -180,7 +180,7 @@ def evaluate(
     for name, metric in found.items():
         print(
             f"  {name:20} {metric.value:.4f} [{metric.ci_low:.4f}, {metric.ci_high:.4f}], {metric.better} is better; "
-            f"of as many data in their place {metric.of_data:.4f}"
+            f"of {judge.compared(samples)} of the data in their place {metric.of_data:.4f}"
         )
     if obeyed is not None:
         print("\n".join(f"  {line}" for line in sentences(obeyed)))
