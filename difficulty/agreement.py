@@ -3,7 +3,9 @@
 Folders of `difficulty measure` and `difficulty probe` of the same data are compared two by two, and the seeds within
 each. With the same process and the same tasks the comparison runs over the tasks. Otherwise it runs over bins of equal
 length in log-SNR, as many as the coarser folder has tasks, over the range that both cover; the value of a bin is the
-mean of the tasks' values over its log-SNR, which is exact for a density over log-SNR such as excess_nats.
+mean of the tasks' values over its log-SNR, as if a density over log-SNR such as excess_nats were the same all over a
+task. It is a mean over the task's timesteps, so that tasks that are wide in log-SNR (low noise, cut evenly in t) stand
+for their noisy end.
 
 Where no Bayes loss is known, all folders on the same draws are given one floor, the best loss that any of them knows
 (`floors.py`); otherwise each prediction would be judged by its own.

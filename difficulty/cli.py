@@ -270,13 +270,13 @@ def recommend(
     """
     from difficulty.process_file import read_process
     from difficulty.ranking import Ranking
-    from difficulty.recommend import advise, burden_of_ranking
+    from difficulty.recommend import advise, burden_of_ranking, wide_tasks
 
     ranking = Ranking.load(folder)
     process = read_process(folder, ranking.process)
     burden = burden_of_ranking(ranking, measure)
     advice = advise(f"{measure} of the ranking", *burden, {process.name: process}, experts)
-    for sentence in ranking.doubts(measure):
+    for sentence in [*ranking.doubts(measure), *wide_tasks(ranking)]:
         _tell(sentence)
     print(_json(advice) if json else "\n".join(advice["sentences"]))
 

@@ -8,6 +8,8 @@ A density proportional to the burden is fitted by the families that trainers tak
     EDM and k-diffusion    log s ~ N(P_mean, P_std)                  (Karras et al. 2022, table 1)
     flow matching (SD3)    logit u ~ N(mean, std), u = s/(1 + s)     (Esser et al. 2024, arXiv 2403.03206)
 Both are Gaussian in log s, since logit u = log s; the total-variation distance to the burden says how good that is.
+The scripts of diffusers take the u that they draw for a place in ``scheduler.timesteps``, which fall: their u is 1 - u,
+and a scheduler of another ``shift`` moves logit u by log(shift).
 """
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "equal_burden",
     "fit_density",
     "flags",
+    "wide_tasks",
 ]
 
 from collections.abc import Mapping
@@ -37,6 +40,7 @@ from difficulty.profile import Profile
 from difficulty.ranking import Ranking
 
 Array = npt.NDArray[np.float64]
+WIDEST = 2.0  # units of log-SNR
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,17 @@ def burden_of_ranking(ranking: Ranking, measure: str = "excess_nats") -> tuple[A
     return np.array(tau), np.array(rate)
 
 
+def wide_tasks(ranking: Ranking) -> list[str]:
+    """A sentence for every task too wide in log-SNR for a mean over its timesteps to be one over its log-SNR."""
+    widths = [(task, task.log_snr_high - task.log_snr_low) for task in ranking.tasks if task.log_snr_low is not None]
+    return [
+        f"t {task.t_first}..{task.t_last} spans {width:.1f} units of log-SNR; its value is a mean over t, mostly of "
+        "its noisy end: measure with --grid log-snr for a density over log-SNR"
+        for task, width in widths
+        if width > WIDEST
+    ]
+
+
 def check_experts(experts: int) -> None:
     """Raise InputError if there is no such number of experts."""
     if experts < 1:
@@ -161,7 +176,9 @@ def flags(density: Density) -> dict[str, str]:
     return {
         "EDM (loss_kwargs)": f"P_mean={mean} P_std={std}",
         "k-diffusion (sigma_sample_density)": f'{{"type": "lognormal", "mean": {mean}, "std": {std}}}',
-        "diffusers flow matching": f"--weighting_scheme=logit_normal --logit_mean={mean} --logit_std={std}",
+        "diffusers flow matching (shift 1; add log(shift) to the mean)": (
+            f"--weighting_scheme=logit_normal --logit_mean={-density.mean:.3f} --logit_std={std}"
+        ),
     }
 
 
@@ -200,7 +217,8 @@ def advise(
     return {
         "burden": burden,
         "density": {"P_mean": density.mean, "P_std": density.std, "total_variation_distance": density.distance},
-        "piecewise_density_over_log_snr": {"log_snr": (-2 * tau).tolist(), "rate": rate.tolist()},
+        # d log-SNR = 2 d log s
+        "piecewise_density_over_log_snr": {"log_snr": (-2 * tau).tolist(), "rate": (0.5 * rate).tolist()},
         "boundaries": boundaries,
         "sentences": sentences,
     }

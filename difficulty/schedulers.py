@@ -75,6 +75,12 @@ def _from_betas(scheduler: Any, name: str) -> ScheduledProcess:
     betas = scheduler.betas.double().numpy()
     with np.errstate(divide="ignore"):  # a zero terminal SNR has beta = 1
         log_alpha_squared = np.cumsum(np.log1p(-betas))
+    # Some change it afterwards, by another scale of the signal or a last value of zero.
+    own = scheduler.alphas_cumprod.double().numpy()
+    if not np.allclose(np.exp(log_alpha_squared)[:-1], own[:-1], rtol=1e-4, atol=1e-6):
+        raise InputError(f"{name} changes its alphas_cumprod after its betas; give them as arrays (.npz)")
+    if scheduler.config.get("timestep_type", "discrete") != "discrete":
+        raise InputError(f"{name} gives its model {scheduler.config.timestep_type} timesteps, which is not known here")
     process = from_arrays(np.exp(0.5 * log_alpha_squared), np.sqrt(-np.expm1(log_alpha_squared)), name)
     prediction = choose(f"prediction type of {name}", scheduler.config.prediction_type, PREDICTION_TYPES)
     return ScheduledProcess(process, prediction, np.arange(-1.0, process.T))

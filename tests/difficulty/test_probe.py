@@ -247,7 +247,22 @@ def test_an_edm_folder_with_another_standard_deviation_is_called_as_its_schedule
 
 def test_a_zero_terminal_snr_ends_in_pure_noise():
     process = process_from_scheduler(diffusers.DDIMScheduler(rescale_betas_zero_snr=True)).process
-    assert process.log_snr(process.T) < -10
+    assert (process.alpha[-1], process.noisiest) == (0.0, process.T - 1)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (lambda: diffusers.CogVideoXDDIMScheduler(), "changes its alphas_cumprod after its betas"),
+        (
+            lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "gives its model continuous timesteps",
+        ),
+    ],
+)
+def test_schedulers_that_mean_something_else_by_their_betas_or_timesteps_are_refused(scheduler, said):
+    with pytest.raises(InputError, match=said):
+        process_from_scheduler(scheduler())
 
 
 def test_a_flow_matching_transformer_is_probed_from_its_folder(tmp_path):

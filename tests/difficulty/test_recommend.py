@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from difficulty.cli import SUBCOMMANDS
 from difficulty.commandline import run_cli
@@ -12,7 +13,15 @@ from difficulty.estimate import Estimate
 from difficulty.process import get_process
 from difficulty.process_file import read_process, write_process
 from difficulty.ranking import rank_tasks
-from difficulty.recommend import burden_of_ranking, equal_burden, fit_density
+from difficulty.recommend import (
+    Density,
+    advise,
+    burden_of_ranking,
+    equal_burden,
+    fit_density,
+    flags,
+    wide_tasks,
+)
 from difficulty.tasks import make_tasks
 
 UNIT = "nats per unit log-SNR"
@@ -46,6 +55,41 @@ def test_a_normal_difficulty_gives_its_mean_and_standard_deviation():
     density = fit_density(*burden_of_ranking(ranking_of(np.exp(-(((middle + 0.5) / 0.8) ** 2) / 2), process=process)))
     np.testing.assert_allclose([density.mean, density.std], [-0.5, 0.8], atol=0.03)
     assert density.distance < 0.1
+
+
+def test_flags_give_each_trainer_the_noise_levels_that_are_asked_for():
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    said = flags(Density(-0.8, 0.6, 0.0))
+    assert said["EDM (loss_kwargs)"] == "P_mean=-0.800 P_std=0.600"
+    (given,) = (text for name, text in said.items() if name.startswith("diffusers"))
+    mean, std = (float(part.split("=")[1]) for part in given.split()[1:])
+    torch.manual_seed(0)
+    for shift in (1.0, 3.0):
+        # As the training scripts of diffusers draw noise levels.
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        u = compute_density_for_timestep_sampling("logit_normal", 20000, mean + np.log(shift), std)
+        sigmas = scheduler.sigmas[(u * 1000).long()].double()
+        log_s = torch.log(sigmas / (1 - sigmas)).clamp(max=5)
+        np.testing.assert_allclose([log_s.mean(), log_s.std()], [-0.8, 0.6], atol=0.03)
+
+
+def test_the_density_that_is_printed_is_one_over_log_snr():
+    process = get_process("ve")
+    advice = advise("x", *burden_of_ranking(ranking_of(np.arange(1.0, 9.0), process=process)), {"ve": process}, 3)
+    assert advice["piecewise_density_over_log_snr"]["rate"] == np.repeat(np.arange(1.0, 9.0), 2).tolist()
+
+
+def test_tasks_that_are_wide_in_log_snr_are_named():
+    process = get_process("vp-linear")
+    value = np.ones(20)
+    estimate = Estimate(UNIT, value, value, value, True, np.zeros(20, bool), True)
+    tasks = make_tasks(process, 20)
+    ranking = rank_tasks({"excess_nats": estimate}, tasks, process, dataset={}, grid="t", provenance={})
+    (sentence,) = wide_tasks(ranking)
+    assert "t 1..50 spans 5.7 units of log-SNR" in sentence
+    assert wide_tasks(ranking_of(value)) == []
 
 
 def test_flow_matching_that_ends_in_pure_noise_is_served():
