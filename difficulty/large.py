@@ -22,7 +22,7 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ import torch
 
 from difficulty.errors import InputError, first_line
 from difficulty.records import fingerprint_array
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLE_MEMBERS = (*IMAGE_MEMBERS, ".npy")
@@ -228,11 +231,15 @@ class TarShards:
 
         try:
             described = json.loads(text(".json") or "{}")
-            label, caption = text(".cls") or described.get("label"), text(".txt") or described.get("text")
+            label, caption = text(".cls") or described.get("label"), text(".txt")
+            caption = described.get("text") if caption is None else caption
+            if not isinstance(caption, str | None):
+                raise ValueError
             return None if label is None else int(label), caption
         except (ValueError, AttributeError, UnicodeDecodeError):
             raise InputError(
-                f"sample {key} of {path} has a .cls that is no whole number, or a .json that is no object"
+                f"sample {key} of {path} has a .cls that is no whole number, or a .json that is no object or has a "
+                "text that is none"
             ) from None
 
 
@@ -268,7 +275,8 @@ class Table:
         self.table = table.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
         known = table.features
         self.labels = whole_labels(np.asarray(table["label"]), f"hf:{name}") if "label" in known else None
-        self.captions = [str(text) for text in table["text"]] if "text" in known else None
+        texts = list(table["text"]) if "text" in known else [None]
+        self.captions = None if None in texts else [str(text) for text in texts]
         self.fingerprint = str(table._fingerprint)
 
     def __len__(self) -> int:
@@ -299,10 +307,13 @@ def _captions(metadata: Path, names: list[str]) -> list[str] | None:
     if not metadata.exists():
         return None
     texts: dict[str, str] = {}
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+    # Not by splitlines(), which ends lines at characters that a caption may hold.
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             entry = json.loads(line)
             texts[entry["file_name"]] = entry["text"]
+            if not isinstance(entry["text"], str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError):
             raise InputError(f"{metadata} line {number} is not an object with file_name and text") from None
     missing = [name for name in names if name not in texts]
@@ -361,11 +372,21 @@ def _decoded(content: bytes, kind: str, name: str) -> Pixels:
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                 pixels = np.asarray(image, dtype=np.float32) / 257
             else:
-                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+                pixels = np.asarray(_on_white(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{name} cannot be read as an image ({error}); mend or remove it") from None
     scaled = pixels.astype(np.float32) / 127.5 - 1.0
     return scaled[None] if scaled.ndim == 2 else np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def _on_white(image: "Image.Image") -> "Image.Image":
+    """An image without transparency: pixels that do not show would count with a colour that nobody sees."""
+    if not image.has_transparency_data:
+        return image
+    from PIL import Image
+
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
 
 
 def whole_labels(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:

@@ -26,7 +26,7 @@ from difficulty.experts import ExpertCurves, choose_expert_engine, train_experts
 from difficulty.floors import FLOOR_FILE
 from difficulty.losses import best_known, loss_table
 from difficulty.measurement_folder import SAMPLE_QUALITY, make_ranking
-from difficulty.network_file import fingerprint_network
+from difficulty.network_file import fingerprint_network, fingerprint_weights
 from difficulty.process import Process, get_process
 from difficulty.process_file import write_process
 from difficulty.ranking import Ranking
@@ -113,6 +113,8 @@ def measure(
     }
     if (network := fingerprint_network(plan.network)) is not None:
         config["network_file"] = network
+    if (weights := fingerprint_weights(plan.network)) is not None:
+        config["initial_weights"] = weights
     began = time.monotonic()
     run = ranks.on_first(lambda: _open_folder(out, config, process))
     request = _Request(dataset, process, cut, measures, plan, estimator, processes, out, progress)

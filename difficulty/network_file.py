@@ -5,7 +5,7 @@ a run holds a copy in ``network/`` and states its SHA-256, and its weights are l
 has this hash: the original while it is as it was, else the copy.
 """
 
-__all__ = ["fingerprint_network", "keep_network", "network_of"]
+__all__ = ["fingerprint_network", "fingerprint_weights", "keep_network", "network_of"]
 
 import hashlib
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from difficulty.diffusers_network import model_folder
 from difficulty.errors import InputError
 from difficulty.networks import FROM_DIFFUSERS
+from difficulty.pretrained import fingerprint_folders
 from difficulty.records import write_bytes
 
 KEPT = "network"
@@ -29,6 +30,16 @@ def fingerprint_network(spec: str) -> str | None:
     """
     file = _file_of(spec)
     return None if file is None else hashlib.sha256(_read(file)).hexdigest()
+
+
+def fingerprint_weights(spec: str) -> str | None:
+    """SHA-256 of the weights that a network starts from, as by ``fingerprint_folders``; None if it starts from none.
+
+    Args:
+        spec: as ``build_network`` takes it; a folder of diffusers holds weights.
+    """
+    path = Path(spec.removeprefix(FROM_DIFFUSERS))
+    return fingerprint_folders(model_folder(path)) if spec.startswith(FROM_DIFFUSERS) and path.is_dir() else None
 
 
 def keep_network(spec: str, folder: Path) -> None:

@@ -43,11 +43,14 @@ class ClassJudge:
     def __call__(self, samples: Tensor, labels: Tensor, captions: Sequence[str] | None = None) -> pd.DataFrame:
         """Accuracy on samples (n, *) of which classes ``labels`` (n,) were asked for, by ``captions`` (n,) if by any.
 
+        A sample that holds NaN or infinity is of no class.
+
         Returns:
             group (all, class, caption), value, label, samples, accuracy, ci_low, ci_high; a row per group and value.
         """
         wanted = labels.numpy()
-        obeyed = self.judge.predict(samples).numpy() == wanted
+        finite = samples.flatten(1).isfinite().all(1).numpy()
+        obeyed = finite & (self.judge.predict(samples).numpy() == wanted)
         rows = [self._row("all", "", -1, obeyed)]
         rows += [self._row("class", str(k), k, obeyed[wanted == k]) for k in np.unique(wanted).tolist()]
         if captions is not None:

@@ -25,7 +25,7 @@ EPOCHS = 12
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2
-CHUNK = 2048
+CHUNK, CHUNK_VALUES = 2048, 2**20  # samples and values of a pass, the fewer of them
 VERSION = 1  # of architecture and training; part of the name in the cache
 
 
@@ -62,12 +62,16 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """The last hidden layer, (n, 64)."""
-        return torch.cat([self.body((part - self.mean) / self.scale) for part in x.split(CHUNK)])
+        return torch.cat([self.body((part - self.mean) / self.scale) for part in _chunks(x)])
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The likeliest class, int64 (n,)."""
-        return torch.cat([self(part).argmax(1) for part in x.split(CHUNK)])
+        return torch.cat([self(part).argmax(1) for part in _chunks(x)])
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(max(1, min(CHUNK, CHUNK_VALUES // math.prod(x.shape[1:]))))
 
 
 def trained_classifier(data: Dataset) -> Classifier:

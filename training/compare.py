@@ -27,7 +27,7 @@ import pandas as pd
 
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError, choose
-from difficulty.network_file import fingerprint_network
+from difficulty.network_file import fingerprint_network, fingerprint_weights
 from difficulty.process import Array, Process
 from difficulty.ranking import Ranking, RankingTask
 from difficulty.records import (
@@ -204,6 +204,7 @@ def _open(
         "lr_schedules": schedules,
         "plan": {name: value for name, value in asdict(setting.plan).items() if name not in OF_A_RUN},
         "network_file": fingerprint_network(setting.plan.network),
+        "initial_weights": fingerprint_weights(setting.plan.network),
         "samples": setting.samples,
         "metrics": list(setting.metrics),
         "tasks": [[task.t_first, task.t_last] for task in setting.tasks],
@@ -243,7 +244,8 @@ def _explored(folder: Path, config: dict[str, Any]) -> str:
     shared = sorted(set(explored["seeds"]) & set(config["seeds"]))
     if shared:
         raise InputError(f"seed {shared[0]} was explored in {folder}; confirm on seeds that it did not use")
-    for name in ("data", "process", "plan", "network_file", "samples", "metrics", "baseline", "held_out_draws"):
+    alike = ("data", "process", "plan", "network_file", "initial_weights", "samples", "metrics", "baseline")
+    for name in (*alike, "held_out_draws"):
         if explored.get(name) != config[name]:
             raise InputError(f"{folder} explored another {name}; a confirmation repeats the setting")
     # An arm or a learning-rate schedule that was not explored was not chosen by looking, and is judged all the same.

@@ -188,11 +188,18 @@ class TextNetwork(ConditionalNetwork):
             null = (self.null_text, self.null_mask, self.null_pooled)
             condition = Text(*(part.expand(len(x), *part.shape[1:]) for part in null))
         if isinstance(self.network, DiffusersNetwork):
-            return self.network(x, log_snr, text=(condition.tokens, condition.mask, condition.pooled))
+            # As many tokens as in training: some of these models know no mask.
+            told = condition.padded(self.null_text.shape[1])
+            return self.network(x, log_snr, text=(told.tokens, told.mask, told.pooled))
         joint = torch.cat([log_snr[..., None], condition.pooled], -1)
         if self.attends:
             return self.network(x, joint, (condition.tokens, condition.mask))
         return self.network(x, joint)
+
+
+def is_null_caption(name: str) -> bool:
+    """Whether a weight of that name is the embedding of the null caption, which comes with the captions."""
+    return name.rpartition(".")[2] in ("null_text", "null_mask", "null_pooled")
 
 
 NETWORKS: Mapping[str, type[ConditionalNetwork]] = {"class": LabelledNetwork, "text": TextNetwork}

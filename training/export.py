@@ -83,6 +83,8 @@ def export_run(folder: Path, out: Path, vae: str | None = None, tell: Tell = sil
 def _unconditional(model: Any, scheduler: Any, config: Mapping[str, Any]) -> Any:
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
+    if model.class_embedding is not None:
+        raise InputError("diffusers has no pipeline for a UNet2DModel with class embeddings; train one without")
     # The pipeline draws noise of the size that the configuration states.
     model.register_to_config(sample_size=tuple(config["shape"][1:]))
     return (DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline)(unet=model, scheduler=scheduler)

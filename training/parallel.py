@@ -56,6 +56,10 @@ class Parallel(ABC):
         """A tensor put together from its parts; all processes must ask."""
         return tensor
 
+    def saved(self, tensor: Tensor) -> Tensor:
+        """A whole tensor for a checkpoint of the first process; all processes must ask."""
+        return tensor
+
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         """This process's part of a whole tensor, cut as ``like`` is."""
         return whole
@@ -68,13 +72,17 @@ class Replicated(Parallel):
         """See ``Parallel``."""
         if self.world == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        message = torch.cat([total.reshape(1), *(gradient.flatten() for gradient in gradients)])
+        # A network that leaves layers out at random has other gradients in every process.
+        reached = torch.tensor([parameter.grad is not None for parameter in parameters]).to(total)
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        message = torch.cat([total.reshape(1), reached, *(gradient.flatten() for gradient in gradients)])
         dist.all_reduce(message)
         total.copy_(message[0])
-        parts = message[1:].split([gradient.numel() for gradient in gradients])
-        for gradient, summed in zip(gradients, parts, strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        counts = message[1 : 1 + len(gradients)].tolist()
+        parts = message[1 + len(gradients) :].split([gradient.numel() for gradient in gradients])
+        for parameter, gradient, count, summed in zip(parameters, gradients, counts, parts, strict=True):
+            if count:  # the optimizer passes over what no process reached
+                parameter.grad = gradient.copy_(summed.view_as(gradient))
 
 
 class Sharded(Parallel):
@@ -104,6 +112,11 @@ class Sharded(Parallel):
         from torch.distributed.tensor import DTensor
 
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """See ``Parallel``; one after the other, as all together may not fit where a part of each does."""
+        whole = self.whole(tensor)
+        return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
 
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         """See ``Parallel``."""
@@ -143,7 +156,7 @@ def moments(parallel: Parallel, optimizer: torch.optim.Optimizer, state: Mapping
     """The state of an optimizer with every moment cut as its parameter is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
-        index: {name: parallel.part(value, parameters[index]) for name, value in values.items()}
-        for index, values in state["state"].items()
+        index: {name: parallel.part(value, parameters[index]) for name, value in sorted(values.items())}
+        for index, values in sorted(state["state"].items())  # in one order in all processes
     }
     return {"state": cut, "param_groups": state["param_groups"]}

@@ -32,7 +32,7 @@ from difficulty.denoiser import Denoiser
 from difficulty.errors import InputError, first_line
 from difficulty.large import DataLost
 from difficulty.models import DENOISER_FILE, save_denoiser
-from difficulty.network_file import fingerprint_network, keep_network, network_of
+from difficulty.network_file import fingerprint_network, fingerprint_weights, keep_network, network_of
 from difficulty.networks import build_network
 from difficulty.process import Process
 from difficulty.process_file import write_process
@@ -48,7 +48,7 @@ from difficulty.records import (
     write_table,
 )
 from training.checkpoint import list_checkpoints, load_latest, save_checkpoint
-from training.conditional import ConditionalNetwork, conditional_network
+from training.conditional import ConditionalNetwork, conditional_network, is_null_caption
 from training.curriculum import Curriculum, recorded_process, tasks_of
 from training.density import task_masses
 from training.heldout import HeldOut, HeldOutLoss
@@ -241,15 +241,19 @@ def _start_from(trainer: Trainer, folder: Path, tell: Tell) -> dict[str, Any]:
     """Take over the trained weights of another run; returns which these are."""
     config, state = _last_state(folder, tell)
     plan = config["plan"]
+    own_condition = trainer.conditioning.facts if trainer.conditioning else None
     for what, theirs, own in (
         ("network", plan["network"], trainer.plan.network),
         ("network file", config.get("network_file"), fingerprint_network(trainer.plan.network)),
         ("prediction", plan["prediction"], trainer.plan.prediction),
         ("shape of data", config["shape"], list(trainer.data.shape)),
+        ("text encoder", *((told or {}).get("fingerprint") for told in (config["condition"], own_condition))),
     ):
         if theirs != own:
             raise InputError(f"the weights of {folder} are of {what} {theirs}, this run has {own}; give the same")
-    trainer.load_weights(state["model"], state["model"])
+    # The null caption is that of this run's captions, which may be longer.
+    null = {name: value for name, value in trainer.denoiser.network.state_dict().items() if is_null_caption(name)}
+    trainer.load_weights(state["model"] | null, state["model"] | null)
     facts = {key: value for key, value in config.items() if key not in FREE}
     return {"config": digest(facts), "step": state["step"]}
 
@@ -257,19 +261,26 @@ def _start_from(trainer: Trainer, folder: Path, tell: Tell) -> dict[str, Any]:
 def _open_together(
     trainer: Trainer, out: Path, cadence: Cadence, resume: str, source: dict[str, Any] | None, draws: int, tell: Tell
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """``_open`` by the first process; the others take over what it found, an error included."""
+    """``_open`` by the first process; the others take over what it found, an error included, and read the same."""
     if trainer.world == 1:
         return _open(trainer, out, cadence, resume, source, draws, tell)
-    found: list[Any] = [None, None]
+    found: list[Any] = [None, None, None]  # run, step of the checkpoint, error
+    state = None
     if trainer.rank == 0:
         try:
-            found[0] = _open(trainer, out, cadence, resume, source, draws, tell)
+            found[0], state = _open(trainer, out, cadence, resume, source, draws, tell)
+            found[1] = None if state is None else state["step"]
         except InputError as error:
-            found[1] = str(error)
+            found[2] = str(error)
     dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise InputError(found[1])
-    return found[0]
+    run, step, refused = found
+    if refused is not None:
+        raise InputError(refused)
+    if trainer.rank > 0 and step is not None:  # a message of its size would lie on every GPU
+        state, _ = load_latest(out / "checkpoints")
+        if state is None or state["step"] != step:
+            raise InputError(f"process {trainer.rank} does not find checkpoint {step} in {out}; share the folder")
+    return run, state
 
 
 def _open(
@@ -281,6 +292,7 @@ def _open(
     config = {
         "plan": asdict(trainer.plan),
         "network_file": fingerprint_network(trainer.plan.network),
+        "initial_weights": fingerprint_weights(trainer.plan.network),
         "cadence": asdict(cadence),
         "init_from": source,
         "curriculum": curriculum.sha256 if curriculum else None,

@@ -65,6 +65,12 @@ class Text:
     def __getitem__(self, rows: slice | Tensor) -> "Text":
         return Text(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
+    def padded(self, length: int) -> "Text":
+        """The same in at least so many tokens."""
+        missing = max(length - self.mask.shape[1], 0)
+        tokens = torch.nn.functional.pad(self.tokens, (0, 0, 0, missing))
+        return Text(tokens, torch.nn.functional.pad(self.mask, (0, missing)), self.pooled)
+
     def to(self, device: torch.device | str) -> "Text":
         """The same on a device."""
         return Text(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))

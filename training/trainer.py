@@ -91,6 +91,7 @@ class Trainer:
         self.source = source_of(data, self.rows_of, plan.steps, self.device)
         data_std = float(data.train.double().square().mean().sqrt())
         network = build_network(plan.network, data.shape, plan.seed) if network is None else network
+        network.train()  # one that comes with weights is in evaluation mode, without its dropout
         # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
         self.draws = type(network) not in NETWORKS.values()
         if plan.gradient_checkpointing:
@@ -282,14 +283,21 @@ class Trainer:
         """Bring ``ema`` up to date where the average is shared between processes; all of them must call this."""
         if not isinstance(self.parallel, Sharded):
             return
-        for part, whole in zip(self.averaged.module.parameters(), self.ema.network.parameters(), strict=True):
+        parts, wholes = self.averaged.module, self.ema.network
+        for part, whole in zip(parts.parameters(), wholes.parameters(), strict=True):
             value = self.parallel.whole(part)
             if self.rank == 0:
                 whole.copy_(value)
+        if self.rank == 0:  # every process has them whole
+            for own, evaluated in zip(parts.buffers(), wholes.buffers(), strict=True):
+                evaluated.copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, average, optimizer, sampler and step, whole; see `checkpoint.py`. All processes must call this."""
-        whole, optimizer = self.parallel.whole, self.optimizer.state_dict()
+        """Weights, average, optimizer, sampler and step, whole; see `checkpoint.py`. All processes must call this.
+
+        Where weights are cut into parts the first process alone is given the whole of them, on the CPU.
+        """
+        whole, optimizer = self.parallel.saved, self.optimizer.state_dict()
         values = {i: {name: whole(value) for name, value in each.items()} for i, each in optimizer["state"].items()}
         state = {
             "model": {name: whole(value) for name, value in self.denoiser.network.state_dict().items()},
@@ -338,9 +346,9 @@ class Trainer:
 
     def _load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         own = module.state_dict()
-        module.load_state_dict(
-            {name: self.parallel.part(value, own[name]) if name in own else value for name, value in weights.items()}
-        )
+        # Cut in the module's order, the same in all processes; that of a file is not.
+        cut = {name: self.parallel.part(weights[name], like) for name, like in own.items() if name in weights}
+        module.load_state_dict(dict(weights) | cut)
 
 
 def _check_abilities(plan: TrainPlan, device: torch.device, parallel: str) -> None:

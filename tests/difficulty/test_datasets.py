@@ -117,6 +117,32 @@ def test_an_image_folder_gives_scaled_images_labels_and_captions(tmp_path, mode,
     assert all(int(c.split()[1]) % 2 == label for c, label in zip(data.captions, data.labels.tolist(), strict=True))
 
 
+def test_a_caption_may_hold_any_character_and_must_be_text(tmp_path):
+    folder = image_folder(tmp_path)
+    lines = [{"file_name": f"class{i % 2}/{i:02d}.png", "text": f"a\u2028b\u0085 {i}"} for i in range(30)]
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
+    data = load_dataset(folder)
+    assert {*data.captions, *data.heldout_captions} == {line["text"] for line in lines}
+    (folder / "metadata.jsonl").write_text('{"file_name": "class0/00.png", "text": null}')
+    with pytest.raises(InputError, match="line 1 is not an object with file_name and text"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize(("mode", "red"), [("RGBA", (255, 0, 0, 0)), ("LA", (10, 0))])
+def test_pixels_that_do_not_show_are_white(tmp_path, mode, red):
+    for i in range(20):
+        image = Image.new(mode, (4, 4), red)
+        seen = (0, 0, 0, 255) if mode == "RGBA" else (0, 255)
+        image.putpixel((0, 0), seen)
+        image.save(tmp_path / f"{i:02d}.png")
+    data = load_dataset(tmp_path)
+    assert data.shape == (3 if mode == "RGBA" else 1, 4, 4)
+    assert (data.train[:, :, 0, 0] == -1).all()
+    assert (data.train[:, :, 1:] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

@@ -13,7 +13,9 @@ from difficulty.diffusers_network import DiffusersNetwork
 from difficulty.engines import choose_engine
 from difficulty.errors import InputError
 from difficulty.heldout import heldout_draws, zero_losses
+from difficulty.network_file import fingerprint_weights
 from difficulty.networks import build_network
+from difficulty.pretrained import fingerprint_folders
 from difficulty.process import get_process
 from difficulty.schedulers import process_from_scheduler
 from difficulty.tasks import make_tasks
@@ -42,6 +44,8 @@ def test_a_saved_folder_becomes_a_network_with_its_weights(tmp_path):
     model.save_pretrained(tmp_path / "unet")
     for folder in (tmp_path, tmp_path / "unet"):
         network = build_network(f"diffusers:{folder}", (1, 8, 8), 5)
+        assert network.model.training
+        assert fingerprint_weights(f"diffusers:{folder}") == fingerprint_folders(tmp_path / "unet")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), network.parameters(), strict=True))
 
 

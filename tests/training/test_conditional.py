@@ -9,6 +9,7 @@ from difficulty.errors import InputError
 from difficulty.networks import NETWORKS, build_network
 from difficulty.process import get_process
 from training.accuracy import ClassJudge
+from training.commands.condition import told_of
 from training.conditional import Classes, Guided, LabelledNetwork, given
 from training.heldout import HeldOut
 from training.run import Cadence, restore, train
@@ -77,6 +78,37 @@ def test_accuracy_counts_per_class_and_caption_with_wilsons_interval(two_classes
     assert found["accuracy"].tolist() == pytest.approx([33 / 40, 0.8, 0.9, 1.0, 0.4, 0.9])
     # Wilson 1927: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = 0.8, n = 30, z = 1.96
     assert found.loc["0", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.6269, 0.9050], abs=2e-4)
+
+
+def test_a_sample_of_no_number_is_of_no_class(two_classes):
+    samples = torch.tensor([[-1.0, 0.0], [torch.nan, 0.0], [-1.0, torch.inf]])
+    assert ClassJudge(two_classes)(samples, torch.zeros(3, dtype=torch.int64))["accuracy"].tolist() == [1 / 3] * 2
+
+
+def test_large_samples_are_classified_a_few_at_a_time(two_classes, monkeypatch):
+    judge = ClassJudge(two_classes).judge
+    whole = judge.predict(two_classes.heldout)
+    monkeypatch.setattr("training.classifier.CHUNK_VALUES", 6)
+    sizes = []
+    judge.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    assert torch.equal(judge.predict(two_classes.heldout), whole)
+    assert max(sizes) == 3
+
+
+def test_data_of_other_classes_than_the_runs_are_refused(two_classes, tmp_path):
+    facts = Classes(two_classes).facts
+    config = {"condition": facts, "data": two_classes.fingerprint}
+    assert told_of(tmp_path, config, two_classes, None).classes == 2
+    labels = torch.arange(len(two_classes.train)) % 3
+    three = replace(two_classes, labels=labels, heldout_labels=torch.arange(len(two_classes.heldout)) % 3)
+    with pytest.raises(InputError, match="was trained on 2 classes, 'two classes' has 3"):
+        told_of(tmp_path, config, three, None)
+
+
+def test_labels_that_were_exchanged_are_said(two_classes, tmp_path, capsys):
+    config = {"condition": Classes(two_classes).facts, "data": two_classes.fingerprint}
+    told_of(tmp_path, config, replace(two_classes, labels=1 - two_classes.labels), None)
+    assert "the labels of two classes are not those" in capsys.readouterr().err
 
 
 def test_without_labels_the_same_network_samples_both_classes(trained, two_classes):

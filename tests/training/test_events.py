@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def test_events_hold_what_the_tables_hold(tmp_path, monkeypatch):
     assert {event.value for event in events.Scalars("train/stage")} == {0.0}
     assert [event.step for event in events.Images("samples")] == [20, 40]
     assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("task_loss/")]) == 20
+
+
+def test_a_run_that_goes_on_overwrites_the_events_after_its_checkpoint(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, loss in ((1, 100, 1.0), (61, 80, 2.0)):  # killed after 100, its last checkpoint being that of 60
+        log = EventLog(tmp_path)
+        for step in range(first, last + 1):
+            log.iteration(SimpleNamespace(done=step, lr_at=lambda _: 0.1, sampler=SimpleNamespace(stage=0)), loss)
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 1.0)] + [(t, 1.0) for t in range(10, 61, 10)] + [(61, 2.0), (70, 2.0), (80, 2.0)]
 
 
 def test_events_without_tensorboard_say_what_to_install_and_write_nothing(tmp_path, monkeypatch):

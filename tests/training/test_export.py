@@ -1,6 +1,7 @@
 """An exported run is loaded by diffusers and draws the samples that the run itself draws."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ def test_classes_of_a_diffusers_unet_are_trained_and_refused_by_export(tmp_path)
     assert (moments.sum(1) > 0).sum() >= 9
     with pytest.raises(InputError, match="no pipeline for a UNet2DModel of images with classes"):
         export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_unet_with_room_for_classes_is_refused_by_export_though_it_was_told_none(tmp_path):
+    _run(tmp_path, "vp-linear:T=20", UNET | {"num_class_embeds": 11})
+    with pytest.raises(InputError, match="no pipeline for a UNet2DModel with class embeddings"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_run_from_weights_that_were_exchanged_is_another(tmp_path, process):
+    data, place = load_dataset("digits"), tmp_path / "unet"
+    plan = TrainPlan(steps=2, batch=8, network=f"diffusers:{place}")
+    config = {key: value for key, value in UNET.items() if key != "_class_name"}
+    for seed, refused in ((0, False), (0, False), (1, True)):
+        torch.manual_seed(seed)
+        diffusers.UNet2DModel(**config).save_pretrained(place)
+        with pytest.raises(InputError, match="initial_weights") if refused else nullcontext():
+            train(data, process, plan, tmp_path / "run", cadence=Cadence(sample=0, evaluate=0))
 
 
 def test_folder_that_holds_something_is_left_alone(tmp_path):

@@ -142,6 +142,18 @@ def test_arrays_in_shards_are_taken_as_they_are_and_described_by_json(tmp_path):
     assert torch.equal((values / 7).long() % 4, torch.cat([data.labels, data.heldout_labels]))
 
 
+def test_empty_captions_are_captions_and_numbers_are_none(tmp_path):
+    for name, text in (("empty", ""), ("number", 7)):
+        with webdataset.ShardWriter(str(tmp_path / f"{name}-%d.tar"), verbose=0) as writer:
+            for i in range(20):
+                kind = {"json": {"text": text}} if i and name == "number" else {"txt": "" if i else "x"}
+                writer.write({"__key__": str(i), "npy": np.zeros((1, 3, 3))} | kind)
+    data = load_dataset(f"wds:{tmp_path}/empty-0.tar")
+    assert sorted({*data.captions, *data.heldout_captions}) == ["", "x"]
+    with pytest.raises(InputError, match="has a text that is none"):
+        load_dataset(f"wds:{tmp_path}/number-0.tar")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_batches_are_those_from_memory_from_any_step_on(workers, shards, process):
     spec = f"wds:{shards}/s-*.tar"

@@ -7,6 +7,7 @@ import torch
 
 from difficulty.datasets import load_dataset
 from difficulty.errors import InputError
+from difficulty.networks import build_network
 from difficulty.process import PROCESSES, get_process
 from difficulty.ranking import RankingTask
 from difficulty.tasks import make_tasks
@@ -213,6 +214,21 @@ def test_dropout_of_a_users_network_depends_on_seed_and_step_alone_and_is_off_in
     x, t = torch.randn(3, 4), torch.tensor([5, 6, 7])
     assert torch.equal(whole.ema(x, t), whole.ema(x, t))
     assert not torch.equal(whole.denoiser(x, t), whole.denoiser(x, t))
+    # One that comes with weights comes without its dropout, which a resumed run has, too.
+    loaded = Trainer(gaussian, process, plan, network=build_network(plan.network, (4,), 0).eval())
+    assert [float(loaded.step()) for _ in range(3)] == losses[:3]
+
+
+def test_every_micro_batch_and_process_drops_other_units(gaussian, process, tmp_path):
+    (tmp_path / "own.py").write_text(DROPPING)
+    plan = TrainPlan(**(vars(PLAN) | {"network": f"{tmp_path / 'own.py'}:Dropping", "batch": 16}))
+    drawn = set()
+    for rank in (0, 1):
+        trainer = Trainer(gaussian, process, plan, rank=rank, world=2)
+        for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
+            with trainer._drawing(step, micro_batch):
+                drawn.add(float(torch.rand(())))
+    assert len(drawn) == 6
 
 
 def test_learning_rate_may_keep_its_peak_until_the_last_stage_begins(gaussian, process, curriculum, one_cluster):

@@ -21,7 +21,8 @@ from torch import Tensor
 from difficulty.datasets import Dataset
 from difficulty.errors import InputError
 from training.accuracy import ClassJudge, seen_captions
-from training.conditional import ENCODER_FOLDER, TINY_ENCODER, Captions, Condition, Conditioning, conditioning
+from training.commands.arguments import warn
+from training.conditional import ENCODER_FOLDER, TINY_ENCODER, Captions, Classes, Condition, Conditioning
 from training.text import TextEncoder, TextTable, train_text_encoder
 
 Tell = Callable[[str], None]
@@ -48,7 +49,13 @@ def told_of(folder: Path, config: dict[str, Any], data: Dataset, moved: str | No
     if facts is None:
         return None
     if facts["kind"] == "class":
-        return conditioning("class", data)
+        told = Classes(data)
+        known = facts["network"]["classes"]
+        if told.classes != known:
+            raise InputError(f"{folder} was trained on {known} classes, {data.name!r} has {told.classes}")
+        if data.fingerprint == config["data"] and told.facts["labels"] != facts["labels"]:
+            warn(f"the labels of {data.name} are not those that {folder} was trained with")
+        return told
     return Captions(data, _table(_encoder(folder, facts, moved), data))
 
 
