@@ -15,6 +15,7 @@ from difficulty.commandline import run_cli
 from difficulty.convergence import convergence_table
 from difficulty.errors import InputError
 from difficulty.expert_plan import ExpertPlan
+from difficulty.floors import over_floor
 from difficulty.measurement_folder import rank_folder
 from difficulty.process import get_process
 from difficulty.process_file import write_process
@@ -268,3 +269,15 @@ def test_an_order_that_tells_no_tasks_apart_agrees_with_none():
     row = dict.fromkeys(AGREEMENT_COLUMNS, "a") | {"kendall": np.nan, "axis": "tasks", "points": 2}
     (said,) = agreement_sentences(pd.DataFrame([row]))
     assert said == "a and a, a: nothing to compare, since one of them tells no tasks apart."
+
+
+def test_over_another_floor_the_error_grows_by_that_of_the_difference_of_the_floors():
+    rng = np.random.default_rng(0)
+    own, rows = 5 + rng.random((2, 40)), np.tile(np.arange(40), (2, 1))
+    floor = own - 0.2 * rng.random((2, 40))
+    table = pd.DataFrame({"task": [0, 1, 1], "heldout_loss": [7.0, 8.0, 5.0]})
+    table = table.assign(floor=own.mean(1)[table["task"]], excess_nats=[1.0, 1.5, 0.0], excess_se=0.1)
+    found = over_floor(table, own, floor, rows)
+    between = 0.5 * (own - floor).std(1, ddof=1) / np.sqrt(40)
+    np.testing.assert_allclose(found["excess_se"], [0.1 + between[0], 0.1 + between[1], between[1]])
+    np.testing.assert_allclose(found["excess_nats"], 0.5 * (table["heldout_loss"] - floor.mean(1)[table["task"]]))

@@ -330,6 +330,24 @@ def test_relative_entropies_that_are_rounding_are_zero_and_tie():
         assert "no task can be told from another: all values are equal" in ranking_of(**{name: found}).verdict[0]
 
 
+def test_relative_entropy_of_a_task_is_the_mean_of_its_valid_pairs_in_the_units_of_the_measure():
+    t = np.arange(2, 1001)
+    step = 0.5 + t / 1000  # d log-SNR squared
+    kl = 1e-3 * t
+    table = pd.DataFrame(
+        {"t": t, "kl": kl, "ci_low": 0.9 * kl, "ci_high": 1.2 * kl, "per_dlogsnr2": kl / step, "valid": True}
+    )
+    # Of the second task 40 pairs are valid, of the third 60.
+    table.loc[(t > 140) & (t <= 200) | (t > 260) & (t <= 300), "valid"] = False
+    found = relative_entropy_estimates(table, TASKS)
+    inside = (t > 300) & (t <= 400)
+    for name, per_pair in (("relative_entropy", kl), ("relative_entropy_per_dlogsnr2", kl / step)):
+        mean = per_pair[inside].mean()
+        ends = [found[name].value[3], found[name].ci_low[3], found[name].ci_high[3]]
+        np.testing.assert_allclose(ends, [mean, 0.9 * mean, 1.2 * mean])
+        assert np.flatnonzero(found[name].flagged).tolist() == [1]
+
+
 def test_a_task_without_a_value_is_a_doubt_for_whoever_orders_them():
     value = np.arange(1.0, 11.0)
     value[0] = np.nan

@@ -1,6 +1,9 @@
 """Which rankings survive another budget or seed."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 from learning_curves import BUDGET, ITERATIONS, exponential, losses_of
 
@@ -38,6 +41,21 @@ def test_curves_that_cross_after_the_budget_lose_their_ranks():
     sentence = sentence_of(losses, "excess_nats", 4)
     assert "twice the budget tau +1.00" not in sentence
     assert "4 of 4" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("half", "double", "survivors"),
+    [([1, 2, 3, 4], [1, 2, 3, 4], 4), ([1, 2, 4, 3], [1, 2, 3, 4], 2), ([1, 2, 3, 4], [2, 1, 3, 4], 2)],
+)
+def test_a_rank_survives_that_lies_in_its_interval_at_both_budgets(half, double, survivors):
+    ranks = {"budget": [1, 2, 3, 4], "half budget": half, "double budget": double}
+    table = pd.concat(
+        pd.DataFrame({"definition": "m", "variant": name, "task": range(4), "rank": own, "value": 0.0, "iterations": 9})
+        for name, own in ranks.items()
+    )
+    measure = SimpleNamespace(rank_low=[1, 2, 3, 4], rank_high=[1, 2, 3, 4], flagged=[False] * 4)
+    (sentence,) = stability_sentences(table, {"m": measure})
+    assert f"{survivors} of 4 ranks survive both" in sentence
 
 
 def test_ranks_stand_in_the_table_for_every_variant():
