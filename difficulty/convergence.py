@@ -312,10 +312,11 @@ def _seed_variance(values: Array) -> tuple[Array, float]:
     if S == 1:
         return np.full(K, np.nan), np.inf
     own = values.var(0, ddof=1)
-    known = own[np.isfinite(own)]
+    # Tasks cut off at the budget or the first checkpoint by every seed differ by nothing, which says nothing of others.
+    known = own[np.isfinite(own) & (own > 0)]
     # The median of a chi-squared variable lies below its mean, the more so the fewer seeds there are.
-    typical = np.median(known) * (S - 1) / chi2.median(S - 1) if len(known) else np.nan
-    prior = _prior_degrees(known[known > 0], S - 1)
+    typical = np.median(known) * (S - 1) / chi2.median(S - 1) if len(known) else 0.0
+    prior = _prior_degrees(known, S - 1)
     return (prior * typical + (S - 1) * own) / (prior + S - 1), prior + S - 1
 
 

@@ -7,12 +7,12 @@ import pytest
 from learning_curves import BUDGET, FLOOR, ITERATIONS, exponential, losses_of
 from scipy.stats import t as student_t
 
-from difficulty.convergence import _seed_variance, convergence_table
+from difficulty.convergence import SeedValues, _seed_variance, convergence_table, summary_over_seeds
 from difficulty.errors import InputError
 from difficulty.expert_plan import log_spaced_iterations
 from difficulty.experts import ExpertCurves
 from difficulty.heldout import standard_error
-from difficulty.losses import loss_table
+from difficulty.losses import LearningCurves, loss_table
 
 
 def value(table, definition, task=0, column="value"):
@@ -95,6 +95,30 @@ def test_intervals_cover_the_truth_at_their_nominal_rate():
     part = table[table["definition"] == "excess_nats"]
     covered = ((part["ci_low"] <= truth) & (truth <= part["ci_high"])).mean()
     assert 0.85 < covered < 0.96
+
+
+def test_tasks_that_every_seed_was_cut_off_at_do_not_narrow_the_intervals_of_others():
+    rng, cut = np.random.default_rng(0), np.arange(20) < 11
+    curves = LearningCurves(np.arange(2.0), *np.ones((3, 3, 20, 2)), np.full(20, 9.0))
+    covered = []
+    for _ in range(300):
+        values = np.where(cut, 5.0, rng.standard_normal((3, 20)))
+        seeds = SeedValues(values, np.zeros(20), cut, np.zeros(20, bool), False, "iterations")
+        table = summary_over_seeds("m", seeds, curves, seeds)
+        covered += ((table["ci_low"] < 0) & (table["ci_high"] > 0))[~cut].tolist()
+    assert 0.87 < np.mean(covered) < 0.96
+
+
+def test_intervals_hold_the_error_of_the_held_out_draws_besides_that_of_the_seeds():
+    curves = LearningCurves(np.arange(2.0), *np.ones((3, 3, 4, 2)), np.full(4, 9.0))
+    none, no = np.zeros(4), np.zeros(4, bool)
+    values = 0.1 * np.random.default_rng(0).standard_normal((3, 4))
+    widths = []
+    for draw_sd in (none, none + 2.0):
+        seeds = SeedValues(values, draw_sd, no, no, False, "nats")
+        table = summary_over_seeds("m", seeds, curves, seeds)
+        widths.append((table["ci_high"] - table["ci_low"]) / 2 / student_t.ppf(0.95, table["degrees"]))
+    np.testing.assert_allclose(widths[1], np.hypot(widths[0], 2.0))
 
 
 def curves_of(losses, floor, excess=None):
