@@ -154,7 +154,7 @@ def quickstart(
         device: Of the comparison: cpu, cuda, or auto. Experts take a GPU where there is one.
         workers: Processes of the comparison, 0 for one per core, or one where the device is a GPU.
     """
-    from difficulty.cli import StageBars
+    from difficulty.commands.arguments import StageBars
     from training.quickstart import QuickstartPlan
     from training.quickstart import quickstart as run_quickstart
 
