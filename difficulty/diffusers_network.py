@@ -125,8 +125,7 @@ def diffusers_network(path: Path) -> DiffusersNetwork:
         InputError: if diffusers is missing, or there is no model of its own.
     """
     if path.is_dir():
-        # Loaded for evaluation, without the dropout that it has from its configuration.
-        return DiffusersNetwork(load_component(model_folder(path), "config.json")).train()
+        return DiffusersNetwork(load_component(model_folder(path), "config.json"))
     content = read_json(path)
     kind = _class_named_in(content, path)
     try:

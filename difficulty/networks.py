@@ -359,7 +359,7 @@ def build_network(spec: str, shape: tuple[int, ...], seed: int) -> nn.Module:
             known = {key: _for_shape(factory, shape) for key, factory in NETWORKS.items()}
             network = build("network", _plain(spec), known)
     check_network(network, spec, shape)
-    return network
+    return network.train()  # one that comes with weights is in evaluation mode, without its dropout
 
 
 def check_network(network: object, name: str, shape: tuple[int, ...]) -> None:

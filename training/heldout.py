@@ -82,8 +82,6 @@ class HeldOut:
         # The width in log-SNR that each draw stands for, and its share of the timesteps; shape (n,).
         self.log_snr_of_draw = np.repeat(widths / per_t, per_t)
         self.share = np.repeat(1 / (process.T * per_t), per_t)
-        # Whole timesteps, one or several.
-        self.stratum = np.repeat(np.unique((np.cumsum(per_t) - per_t) // STRATUM, return_inverse=True)[1], per_t)
 
     def select(self, mask: npt.NDArray[np.bool_], most: int) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
         """The draws (x0, eps, t, condition) whose entry of ``mask`` is true; of more than ``most`` so many, evenly."""
@@ -127,9 +125,11 @@ class HeldOut:
     def nats_error(self, measured: HeldOutLoss) -> float:
         """Standard error of ``measured.nats`` over the draws of (x0, eps), t being what it is."""
         terms, width = 0.5 * self._weighted(measured.per_draw), self.log_snr_of_draw
-        sums, widths = (np.bincount(self.stratum, values) for values in (terms, width))
+        t = self.t.numpy()
+        stratum = np.searchsorted(t, t) // STRATUM  # of whole timesteps, one or several
+        sums, widths = (np.bincount(stratum, values) for values in (terms, width))
         means = np.divide(sums, widths, out=np.zeros(len(sums)), where=widths > 0)
-        return float(len(terms) * standard_error(terms - means[self.stratum] * width, self.rows))
+        return float(len(terms) * standard_error(terms - means[stratum] * width, self.rows))
 
 
 @torch.no_grad()

@@ -90,8 +90,7 @@ class Trainer:
         _check_abilities(plan, self.device, parallel if world > 1 else "ddp")
         self.source = source_of(data, self.rows_of, plan.steps, self.device)
         data_std = float(data.train.double().square().mean().sqrt())
-        network = build_network(plan.network, data.shape, plan.seed) if network is None else network
-        network.train()  # one that comes with weights is in evaluation mode, without its dropout
+        network = build_network(plan.network, data.shape, plan.seed) if network is None else network.train()
         # Networks of this project draw nothing; others may, by dropout, and then do so from a stream of the step.
         self.draws = type(network) not in NETWORKS.values()
         if plan.gradient_checkpointing:
