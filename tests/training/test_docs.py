@@ -95,3 +95,12 @@ def test_stated_costs_are_those_of_the_committed_table():
         assert (int(dimensions), int(parameters), int(tasks)) == (row.dimensions, row.parameters, row.tasks)
         own = (row.expert_ms_per_iteration, row.expert_s_evaluations, row.run_ms_per_step, row.run_s_judging)
         assert costs.split(" | ") == [f"{value:.2g}" for value in own]
+    digits = table[table["data"] == "digits"].set_index(["network", "tasks"])
+    small, large = digits.loc[("mlp", 5)], digits.loc[("mlp:width=512", 5)]
+    others = digits.loc[[("unet:width=16", 2), ("dit:width=32", 2)]].mean(numeric_only=True)
+    words = {8: "eight", 9: "nine", 12: "twelve", 17: "seventeen"}
+    size, cost = (words[round(large[name] / small[name])] for name in ("parameters", "expert_ms_per_iteration"))
+    run, expert = (words[round(others[name] / small[name])] for name in ("run_ms_per_step", "expert_ms_per_iteration"))
+    said = " ".join(SCALING.split())
+    assert f"{size} times the parameters cost an expert about {cost} times as much" in said
+    assert f"about {run} times an MLP of the same size per step of a run, and {expert} times as an expert" in said
